@@ -1,2 +1,6 @@
+"""The command line."""
+
+
 def main() -> None:
+    """Not yet."""
     raise SystemExit("not yet")

@@ -35,9 +35,7 @@ class Gate(nn.Module):
 
     tau: Tensor
 
-    def __init__(
-        self, channels: int, k: int, reduction: int = 4, device: Any = None, dtype: Any = None
-    ) -> None:
+    def __init__(self, channels: int, k: int, reduction: int = 4, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         hidden = max(MIN_HIDDEN, channels // reduction)
         self.reduction = reduction
@@ -98,7 +96,5 @@ def gate_class(name: str) -> type[Gate]:
         UsageError: for an unknown name.
     """
     if name not in GATES:
-        raise UsageError(
-            f"unknown gate {name!r}: expected one of {', '.join(GATES)}{did_you_mean(name, GATES)}"
-        )
+        raise UsageError(f"unknown gate {name!r}: expected one of {', '.join(GATES)}{did_you_mean(name, GATES)}")
     return GATES[name]

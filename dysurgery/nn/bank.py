@@ -27,7 +27,8 @@ def zero_sum(weight: Tensor, k: int, spread: float) -> Tensor:
     noise -= noise.mean(dim=0)
     # Centring K draws takes 1/K of their variance away.
     scale = spread * weight.std(correction=0) * (k / max(k - 1, 1)) ** 0.5
-    return weight.reshape(1, -1) + scale * noise
+    bank: Tensor = weight.reshape(1, -1) + scale * noise
+    return bank
 
 
 STARTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {"copies": copies, "zero-sum": zero_sum}
@@ -45,9 +46,7 @@ def check_start(start: str, gate: type[Gate]) -> None:
         UsageError: for an unknown start, or ``copies`` under a gate whose weights do not sum to one.
     """
     if start not in STARTS:
-        raise UsageError(
-            f"unknown start {start!r}: expected one of {', '.join(STARTS)}{did_you_mean(start, STARTS)}"
-        )
+        raise UsageError(f"unknown start {start!r}: expected one of {', '.join(STARTS)}{did_you_mean(start, STARTS)}")
     if start == "copies" and not gate.sums_to_one:
         raise UsageError(
             f"start 'copies' cannot preserve the function under the {gate.name} gate: its random attention gives "

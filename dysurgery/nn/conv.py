@@ -3,14 +3,13 @@
 In comes a feature map, out goes another, exactly as from the :class:`torch.nn.Conv2d` it stands for.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair, _reverse_repeat_tuple
+from torch.nn.modules.utils import _pair
 
 from dysurgery.nn import execution
 from dysurgery.nn.layer import DynamicLayer
@@ -45,7 +44,7 @@ class DynamicConv2d(DynamicLayer):
     Source: Chen et al., Dynamic Convolution: Attention over Convolution Kernels, CVPR 2020 (arXiv 1912.03458).
     """
 
-    replaces = nn.Conv2d
+    replaces: ClassVar[type[nn.Module]] = nn.Conv2d
 
     def __init__(
         self,
@@ -96,10 +95,7 @@ class DynamicConv2d(DynamicLayer):
         self.dilation = _pair(dilation)
         self.groups = groups
         self.padding_mode = padding_mode
-        if isinstance(padding, str):
-            self._border = list(twin._reversed_padding_repeated_twice)
-        else:
-            self._border = list(_reverse_repeat_tuple(self.padding, 2))
+        self._border = list(twin._reversed_padding_repeated_twice)
 
     @classmethod
     def like(cls, static: nn.Module, *, k: int, reduction: int = 4, gate: str = "softmax") -> Self:

@@ -57,9 +57,7 @@ def matmul(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geomet
         rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         y = _product(rows, weight.transpose(1, 2), None if bias is None else bias.unsqueeze(1))
         return y.view(batch, height, width, geometry.out_channels).permute(0, 3, 1, 2)
-    y = _product(
-        weight, x.reshape(batch, channels, height * width), None if bias is None else bias.unsqueeze(2)
-    )
+    y = _product(weight, x.reshape(batch, channels, height * width), None if bias is None else bias.unsqueeze(2))
     return y.view(batch, geometry.out_channels, height, width)
 
 

@@ -24,9 +24,7 @@ def refusal(module: nn.Module) -> str | None:
         return f"no handler for {kind.__module__}.{kind.__qualname__}"
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
-        return (
-            "its weight is computed before each call (weight_norm, spectral_norm or pruning): fold that first"
-        )
+        return "its weight is computed before each call (weight_norm, spectral_norm or pruning): fold that first"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "lazy: run the model once first"
     if not weight.is_floating_point():

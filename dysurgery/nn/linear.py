@@ -42,9 +42,7 @@ class DynamicLinear(DynamicLayer):
         dtype: Any = None,
     ) -> None:
         shape = (out_features, in_features)
-        super().__init__(
-            in_features, shape, bias, k=k, reduction=reduction, gate=gate, device=device, dtype=dtype
-        )
+        super().__init__(in_features, shape, bias, k=k, reduction=reduction, gate=gate, device=device, dtype=dtype)
         self.in_features = in_features
         self.out_features = out_features
 

@@ -77,9 +77,7 @@ def temperature(model: nn.Module) -> float:
     """
     taus = {gate.tau.item() for gate in _gates(model)}
     if len(taus) > 1:
-        raise UsageError(
-            f"the gates disagree about tau ({min(taus):g} to {max(taus):g}): call set_temperature"
-        )
+        raise UsageError(f"the gates disagree about tau ({min(taus):g} to {max(taus):g}): call set_temperature")
     return float(taus.pop())
 
 
