@@ -1,1 +1,27 @@
+"""Turn a pretrained CNN into a dynamic-convolution network that computes exactly what it did.
+
+The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its convolutions), :mod:`select` (which of
+them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surgery, verified), :mod:`cost` (what it
+costs now), :mod:`train` (fine-tuning), :mod:`checkpoint` (to disk and back). The operator is in :mod:`nn`.
+"""
+
+from dysurgery.cost import cost
+from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.nn import DynamicConv2d, DynamicLinear, TemperatureSchedule, set_temperature, temperature
+from dysurgery.plan import plan
+from dysurgery.rewrite import convert
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DynamicConv2d",
+    "DynamicLinear",
+    "DysurgeryError",
+    "TemperatureSchedule",
+    "UsageError",
+    "convert",
+    "cost",
+    "plan",
+    "set_temperature",
+    "temperature",
+]

@@ -1,0 +1,109 @@
+"""What a model is called with, and how to run it without leaving a trace.
+
+Everything that runs the caller's model runs a :func:`shadow` of it, :func:`undisturbed`: its mode, its buffers and the
+random state stay as they were.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dysurgery.errors import DysurgeryError, UsageError
+
+Example = Tensor | tuple[Any, ...] | dict[str, Any]
+"""One tensor, a tuple of positional arguments, or a dict of keyword arguments."""
+
+
+def call_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments that ``example`` stands for.
+
+    Raises:
+        UsageError: if it is neither a tensor, a tuple nor a dict.
+    """
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, tuple):
+        return example, {}
+    if isinstance(example, dict):
+        return (), example
+    raise UsageError(
+        f"an example is a tensor, a tuple of arguments or a dict of keyword arguments, got {type(example).__name__}; "
+        "for a model that takes a list, wrap it in a tuple: ([image, image],)"
+    )
+
+
+def batch_size(example: Example) -> int:
+    """Return the number of images in the example: the length of its first 4-D (or 5-D) tensor, else 1."""
+    for leaf in pytree.tree_leaves(call_arguments(example)):
+        if isinstance(leaf, Tensor) and leaf.dim() >= 4:
+            return max(leaf.shape[0], 1)
+    return 1
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` in eval mode that shares its parameters but no buffer, to run and to trace.
+
+    Raises:
+        DysurgeryError: if the model cannot be copied.
+    """
+    try:
+        copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    except Exception as error:
+        raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {error})") from error
+    return copied.eval()
+
+
+@contextmanager
+def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Seed the random generators for the block, without gradients, and put their state back after it."""
+    devices = {p.device for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+def run(model: nn.Module, example: Example) -> Any:
+    """Run ``model`` on ``example`` undisturbed, and return its output.
+
+    Raises:
+        DysurgeryError: if the model raises.
+    """
+    args, kwargs = call_arguments(example)
+    with undisturbed(model):
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:
+            shapes = ", ".join(
+                str(tuple(leaf.shape)) if isinstance(leaf, Tensor) else repr(leaf)
+                for leaf in pytree.tree_leaves((args, kwargs))
+            )
+            raise DysurgeryError(
+                f"{type(model).__name__} does not run on an example of shape {shapes}: "
+                f"{type(error).__name__}: {error}".rstrip()
+            ) from error
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Return every tensor in an output, opening containers, dataclasses and plain objects."""
+    found: list[Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            for inner in value.values():
+                collect(inner)
+        elif isinstance(value, list | tuple | set | frozenset):
+            for inner in value:
+                collect(inner)
+        elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
+            collect(vars(value))
+
+    collect(output)
+    return found

@@ -1,0 +1,87 @@
+"""Is the converted model the original? Both run on a random batch, and every output tensor is compared.
+
+Called by :mod:`dysurgery.rewrite` at every conversion.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dysurgery.errors import DysurgeryError
+from dysurgery.example import Example, batch_size, run, shadow, tensors
+from dysurgery.nn import DynamicLayer
+
+# Largest difference that rounding explains, relative to the largest output.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+
+def random_batch(model: nn.Module, example: Example, seed: int) -> Example:
+    """Return an example of the same form with random floats and, where the model accepts them, two images.
+
+    With two images every sample has kernels of its own, which is another way to run than for one.
+    """
+    batch = batch_size(example)
+    generator = torch.Generator().manual_seed(seed)
+
+    def fresh(tensor: Tensor, count: int) -> Tensor:
+        shape = (count, *tensor.shape[1:]) if tensor.dim() and tensor.shape[0] == batch else tuple(tensor.shape)
+        if not tensor.is_floating_point():
+            return tensor.expand(shape) if tensor.dim() and tensor.shape[0] == 1 else tensor
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(tensor.device, tensor.dtype)
+        return noise.contiguous(memory_format=torch.channels_last) if _channels_last(tensor) else noise
+
+    def batch_of(count: int) -> Example:
+        mapped: Example = pytree.tree_map_only(Tensor, lambda tensor: fresh(tensor, count), example)
+        return mapped
+
+    if batch == 1:
+        try:
+            inputs = batch_of(2)
+            run(shadow(model), inputs)
+        except DysurgeryError:
+            return batch_of(1)
+        return inputs
+    return batch_of(batch)
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def difference(expected: Any, found: Any) -> tuple[float, float]:
+    """Return the largest absolute difference over all floating-point outputs, and relative to the largest output."""
+    left, right = tensors(expected), tensors(found)
+    if not left:
+        raise DysurgeryError(f"the model returns no tensor that could be compared ({type(expected).__name__})")
+    if [t.shape for t in left] != [t.shape for t in right]:
+        return math.inf, math.inf
+    absolute = scale = 0.0
+    for a, b in zip(left, right, strict=True):
+        if a.numel() == 0:
+            continue
+        a, b = a.double(), b.double()
+        apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+        worst = apart.max().item()
+        absolute = max(absolute, math.inf if math.isnan(worst) else worst)
+        finite = a[a.isfinite()].abs()
+        scale = max(scale, finite.max().item() if finite.numel() else 0.0)
+    return absolute, absolute / scale if scale else absolute
+
+
+def tolerance(model: nn.Module) -> tuple[torch.dtype, float]:
+    """Return the model's floating-point type, and the relative difference that rounding explains in it."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return dtype, TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+
+
+def layers_that_run(model: nn.Module, example: Example) -> set[str]:
+    """Return every path of the dynamic layers that are called on ``example``."""
+    copied, ran = shadow(model), set[str]()
+    for path, module in copied.named_modules(remove_duplicate=False):
+        if isinstance(module, DynamicLayer):
+            module.register_forward_hook(lambda *_, path=path: ran.add(path))
+    run(copied, example)
+    return ran
