@@ -1,6 +1,38 @@
-"""The command line."""
+"""The command line: the only place that knows click and rich. One file per command, one for the tables.
+
+An error of the library becomes one sentence on standard error and an exit code: 1 could not, 2 wrong usage.
+"""
+
+from typing import Any
+
+import click
+from dysurgery.cli.convert import convert
+from dysurgery.cli.cost import cost
+from dysurgery.cli.finetune import finetune
+from dysurgery.cli.plan import plan
+
+import dysurgery
 
 
+class _Failure(click.ClickException):
+    def __init__(self, error: dysurgery.DysurgeryError) -> None:
+        super().__init__(str(error))
+        self.exit_code = 2 if isinstance(error, dysurgery.UsageError) else 1
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except dysurgery.DysurgeryError as error:
+            raise _Failure(error) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(dysurgery.__version__, package_name="dysurgery")
 def main() -> None:
-    """Not yet."""
-    raise SystemExit("not yet")
+    """Turn a pretrained CNN into a dynamic-convolution network that computes exactly what it did."""
+
+
+for command in (convert, plan, cost, finetune):
+    main.add_command(command)

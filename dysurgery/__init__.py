@@ -5,13 +5,13 @@ them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surge
 costs now), :mod:`train` (fine-tuning), :mod:`checkpoint` (to disk and back). The operator is in :mod:`nn`.
 """
 
+from dysurgery._version import __version__
+from dysurgery.checkpoint import load, save
 from dysurgery.cost import cost
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.nn import DynamicConv2d, DynamicLinear, TemperatureSchedule, set_temperature, temperature
 from dysurgery.plan import plan
 from dysurgery.rewrite import convert
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DynamicConv2d",
@@ -19,9 +19,12 @@ __all__ = [
     "DysurgeryError",
     "TemperatureSchedule",
     "UsageError",
+    "__version__",
     "convert",
     "cost",
+    "load",
     "plan",
+    "save",
     "set_temperature",
     "temperature",
 ]

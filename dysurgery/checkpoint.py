@@ -1,0 +1,274 @@
+"""A model to disk and back: ``config.json`` (how to build it) and ``model.safetensors`` (its tensors), no pickle.
+
+The static network is built again from its source (:mod:`dysurgery.models`) or passed in, dynamic layers are put where
+the config says, and the tensors are loaded strictly; tau is among them. Writing is atomic: a folder is either the old
+one or the new one.
+"""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import fx, nn
+
+from dysurgery import models
+from dysurgery._version import __version__
+from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
+from dysurgery.nn import HANDLERS, DynamicLayer, temperature
+from dysurgery.rewrite import graft_in_place, rewrite_graphs
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What ``config.json`` holds.
+
+    Attributes:
+        source: where the static network comes from; None if it must be passed to :func:`load`.
+        layers: path of each dynamic layer -> its options (K, reduction, gate).
+        graphs: path of each GraphModule ("" is the model) -> how it was traced; empty for a grafted model.
+        tau: the temperature, for people to read; the tensors hold it.
+        input_size: (C, H, W), if known.
+        preprocessing: what the images went through: mean, std, interpolation and so on.
+        report: what the conversion measured.
+        versions: of what wrote it.
+    """
+
+    source: models.Source | None
+    layers: dict[str, dict[str, Any]]
+    graphs: dict[str, dict[str, Any]]
+    tau: float | None
+    input_size: tuple[int, int, int] | None
+    preprocessing: dict[str, Any]
+    report: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_json(self, folder: Path) -> dict[str, Any]:
+        """Return the config as plain values, to be written to ``folder``."""
+        source = None if self.source is None else self.source.to_json(folder)
+        return {"format": FORMAT, **vars(self), "source": source}
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    source: models.Source | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write ``model`` to ``folder``, all or nothing.
+
+    Args:
+        model: a converted model (a static one is fine too).
+        folder: created with its parents.
+        source: where the static network comes from. None finds out for a model of ``timm.create_model``; any other
+            has then to be passed to :func:`load`.
+        input_size: (C, H, W) of an image.
+        preprocessing: what images go through.
+        report: anything worth keeping about the conversion, as plain values.
+        force: replace an existing saved folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DysurgeryError: if the folder exists (without ``force``, or if it holds anything else), or cannot be written.
+    """
+    target = check_target(folder, force=force)
+    layers = {path: m.options() for path, m in model.named_modules() if isinstance(m, DynamicLayer)}
+    config = Config(
+        source=source or models.describe(model),
+        layers=layers,
+        graphs={
+            path: m.meta["dysurgery"]
+            for path, m in model.named_modules()
+            if isinstance(m, fx.GraphModule) and "dysurgery" in m.meta
+        },
+        tau=temperature(model) if layers else None,
+        input_size=input_size,
+        preprocessing=dict(preprocessing or {}),
+        report=dict(report or {}),
+        versions={
+            "dysurgery": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
+    )
+    try:
+        text = json.dumps(config.to_json(target), indent=2)
+    except TypeError as error:
+        raise UsageError(f"config.json takes plain values only: {error}") from error
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            safetensors.torch.save_model(model, str(new / WEIGHTS))
+            (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+            _sync(new / WEIGHTS, new / CONFIG, new)
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            new.rename(target)
+            _sync(target.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DysurgeryError(f"cannot write {target}: {error}") from error
+    return target
+
+
+def check_target(folder: str | os.PathLike[str], *, force: bool) -> Path:
+    """Return ``folder`` as a path if :func:`save` may write there.
+
+    Raises:
+        DysurgeryError: if it exists, and is not a saved folder that ``force`` allows to replace.
+    """
+    target = Path(os.path.abspath(folder))
+    if not os.path.lexists(target):
+        return target
+    if not target.is_dir() or target.is_symlink():
+        raise DysurgeryError(f"{target} is in the way: it exists and is no folder")
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in (CONFIG, WEIGHTS))
+    if foreign:
+        raise DysurgeryError(f"{target} holds other files ({', '.join(foreign[:3])}), which replacing it would lose")
+    if not force:
+        raise DysurgeryError(f"{target} exists already: choose another folder, or replace it with --force (force=True)")
+    return target
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_config(folder: str | os.PathLike[str]) -> Config:
+    """Read the config of a saved folder.
+
+    Raises:
+        DysurgeryError: if there is none, or it is damaged or of a newer format.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DysurgeryError(f"{folder} is no saved model: it has no {CONFIG}") from error
+    except (OSError, ValueError) as error:
+        raise DysurgeryError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise DysurgeryError(f"{path} is no dysurgery config of format {FORMAT} (found {found!r})")
+    try:
+        size = data["input_size"]
+        return Config(
+            source=None if data["source"] is None else models.Source.from_json(data["source"], os.path.abspath(folder)),
+            layers={str(name): dict(options) for name, options in data["layers"].items()},
+            graphs=dict(data["graphs"]),
+            tau=data["tau"],
+            input_size=None if size is None else (int(size[0]), int(size[1]), int(size[2])),
+            preprocessing=dict(data["preprocessing"]),
+            report=dict(data["report"]),
+            versions=dict(data["versions"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DysurgeryError(f"{path} is damaged: {type(error).__name__} {error}") from error
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Return the model saved in ``folder``, in eval mode, in the types it was saved in, on the CPU.
+
+    Args:
+        folder: what :func:`save` wrote.
+        model: the static network, for a folder that does not know its source; it is used up.
+
+    Raises:
+        DysurgeryError: if the folder is damaged, its source cannot be built, or the tensors do not fit.
+        UsageError: if the folder does not know its source and no model is passed.
+    """
+    config = read_config(folder)
+    weights = Path(folder) / WEIGHTS
+    with torch.random.fork_rng(devices=[]):
+        if model is None:
+            if config.source is None:
+                raise UsageError(
+                    f"{folder} holds a model of one's own, which it cannot build: load(folder, model=the static model)"
+                )
+            model = models.rebuild(config.source)
+        model = _with_layers(model, config, folder)
+    try:
+        with safetensors.safe_open(str(weights), framework="pt") as tensors:
+            dtypes = {name: tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+        safetensors.torch.load_model(model, str(weights), strict=True)
+    except FileNotFoundError as error:
+        raise DysurgeryError(f"{folder} is incomplete: it has no {WEIGHTS}") from error
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise DysurgeryError(f"{weights} does not fit the model of {CONFIG}: {error}") from error
+    return model.eval()
+
+
+def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str]) -> nn.Module:
+    """Put fresh dynamic layers where the config says."""
+
+    def build(static: nn.Module, path: str) -> DynamicLayer:
+        if type(static) not in HANDLERS:
+            raise DysurgeryError(f"{folder} does not fit: {path} is a {type(static).__name__}, no convolution")
+        return HANDLERS[type(static)].like(static, **config.layers[path]).train(static.training)
+
+    known = dict(model.named_modules(remove_duplicate=False))
+    if config.graphs:
+        fixed = {path: how["fixed"] for path, how in config.graphs.items()}
+        linear = any(how["linear"] for how in config.graphs.values())
+        try:
+            return rewrite_graphs(model, fixed, list(config.layers), build, linear=linear)
+        except AttributeError as error:
+            raise DysurgeryError(f"{folder} does not fit the model that its source builds: {error}") from error
+    for path in config.layers:
+        if path not in known:
+            raise DysurgeryError(f"{folder} does not fit: the model has no {path!r}{did_you_mean(path, known)}")
+    return graft_in_place(model, list(config.layers), build)[0]
+
+
+def open_model(
+    spec: str,
+    *,
+    weights: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    seed: int = 0,
+) -> models.BuiltModel:
+    """Open a saved folder, or build whatever :func:`dysurgery.models.build` knows by that name.
+
+    Raises:
+        UsageError: for an unknown name, or arguments that a saved folder does not take.
+        DysurgeryError: if it cannot be had.
+    """
+    folder = Path(spec)
+    if not folder.is_dir() or ((os.sep not in spec) and not (folder / CONFIG).exists()):
+        return models.build(spec, weights=weights, model_args=model_args, input_size=input_size, seed=seed)
+    if weights is not None or model_args:
+        raise UsageError(f"{spec} is a saved folder, which has its own weights and arguments")
+    config = read_config(folder)
+    size = input_size or config.input_size or (3, 224, 224)
+    source = config.source
+    model = load(folder)
+    assert source is not None  # load has refused a folder without one
+    return models.BuiltModel(model, source, folder.resolve().name, size, config.preprocessing)

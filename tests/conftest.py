@@ -1,0 +1,52 @@
+"""Fixtures for every test: no network, and a folder of one's own."""
+
+import os
+
+import pytest
+
+# A test that reached for the hub would be slow online and fail offline.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+FACTORY = '''
+import torch
+from torch import nn
+
+
+class TinyNet(nn.Module):
+    """Four convolutions, a residual, a head: what a person's own network looks like."""
+
+    def __init__(self, width=8, classes=5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.pointwise = nn.Conv2d(width, 2 * width, 1)
+        self.dense = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.classifier = nn.Linear(2 * width, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.pointwise(x + self.depthwise(x))
+        return self.classifier(torch.relu(self.dense(x)).mean((2, 3)))
+
+
+def tiny(width=8, classes=5):
+    torch.manual_seed(0)
+    return TinyNet(width, classes)
+
+
+def broken():
+    raise RuntimeError("no disk today")
+
+
+def no_model():
+    return "a string"
+'''
+
+
+@pytest.fixture
+def factory_file(tmp_path):
+    """A file with the factories ``tiny``, ``broken`` and ``no_model``."""
+    path = tmp_path / "mynet.py"
+    path.write_text(FACTORY)
+    return path
