@@ -22,14 +22,14 @@ from dysurgery.select import KINDS, PRESETS
 Command = Callable[..., Any]
 
 
-class ModelArgument(click.ParamType[tuple[str, Any]]):
+class KeyValue(click.ParamType[tuple[str, Any]]):
     """``key=value``, the value as a Python literal where it is one, else as text."""
 
     name = "key=value"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, Any]:
         key, equals, text = str(value).partition("=")
-        if not equals or not key.isidentifier():
+        if not equals or not key.replace(".", "_").isidentifier():
             self.fail(f"{value!r} is not of the form key=value", param, ctx)
         try:
             return key, ast.literal_eval(text)
@@ -46,7 +46,7 @@ def model_options(command: Command) -> Command:
         "--model-arg",
         "model_args",
         multiple=True,
-        type=ModelArgument(),
+        type=KeyValue(),
         help="Argument of the model's factory, e.g. pad_type=same. May be repeated.",
     )(command)
     return click.argument("model", metavar="MODEL")(command)

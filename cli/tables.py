@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import box
@@ -12,6 +12,8 @@ from rich.text import Text
 
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.plan import Plan
+from dysurgery.trace import ConvSite
+from dysurgery.train import Outcome
 
 # Wide enough for the longest paths: a pipe has no width of its own, and nothing may be cut there.
 _PIPE_WIDTH = 200
@@ -30,12 +32,12 @@ def working(text: str, quiet: bool = False) -> Iterator[None]:
         yield
 
 
-def count(value: float) -> str:
-    """Format a number of parameters or Mult-Adds with four digits: 576, 36.86k, 11.69M, 1.861G."""
+def count(value: float, digits: int = 4) -> str:
+    """Format a number of parameters or Mult-Adds: 576, 36.86k, 11.69M, 1.861G."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit * 0.99995:
-            return f"{value / limit:.4g}{unit}"
-    return f"{value:.4g}"
+        if abs(value) >= limit * (1 - 0.5 * 10.0**-digits):
+            return f"{value / limit:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
 
 
 def change(before: float, after: float) -> tuple[str, str]:
@@ -45,30 +47,37 @@ def change(before: float, after: float) -> tuple[str, str]:
     return f"{sign}{count(abs(after - before))}", percent
 
 
-def _table(*columns: tuple[str, str], title: str | None = None, plain: bool) -> Table:
-    table = Table(title=title, title_justify="left", box=None if plain else box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold", no_wrap=plain)
+def _table(*columns: str, text: Collection[str] = (), plain: bool, title: str | None = None) -> Table:
+    """Return an empty table: columns in ``text`` are words that may wrap, the others figures that may not."""
+    style = None if plain else box.SIMPLE_HEAD
+    table = Table(title=title, title_justify="left", box=style, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        words = name in text
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=not words)
     return table
 
 
 def plan_table(out: Console, plan: Plan) -> None:
     """Print every convolution with its decision, its reason and its cost before and after."""
-    columns = [("convolution", ""), ("kind", ""), ("map", "right"), ("params", "right"), ("Mult-Adds", "right")]
-    table = _table(*columns, ("decision", ""), plain=not out.is_terminal)
+    table = _table(
+        "convolution", "kind", "map", "params", "Mult-Adds", "decision",
+        text=("convolution", "decision"), plain=not out.is_terminal,
+    )  # fmt: skip
     for planned in plan.sites:
         site, dynamic = planned.site, planned.decision.dynamic
-        sizes = {"x".join(map(str, call.input_shape[2:])) for call in site.calls}
-        arrow = " > " if dynamic else ""
         path = site.path or "(the model)"
-        if site.aliases:
-            path += f" (+{len(site.aliases)} names)"
+        params, mult_adds = count(planned.params[0], 3), count(planned.mult_adds[0].total, 3)
+        if dynamic:
+            params += f" > {count(planned.params[1], 3)}"
+            mult_adds += f" {change(*(entry.total for entry in planned.mult_adds))[1]:>6}"
+        else:
+            mult_adds += " " * 7
         table.add_row(
-            path,
+            f"{path} (+{len(site.aliases)} names)" if site.aliases else path,
             site.kind,
-            sizes.pop() if len(sizes) == 1 else "several" if sizes else "-",
-            count(planned.params[0]) + (arrow + count(planned.params[1]) if dynamic else ""),
-            count(planned.mult_adds[0].total) + (arrow + count(planned.mult_adds[1].total) if dynamic else ""),
+            _map_size(site),
+            params,
+            mult_adds,
             "dynamic" if dynamic else f"static: {planned.decision.reason}",
             style=None if dynamic else "dim",
         )
@@ -77,10 +86,17 @@ def plan_table(out: Console, plan: Plan) -> None:
         out.print(Text(f"note: {note}", style="dim"))
 
 
+def _map_size(site: ConvSite) -> str:
+    sizes = {call.input_shape[2:] for call in site.calls}
+    if len(sizes) != 1:
+        return "several" if sizes else "-"
+    size = sizes.pop()
+    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size)) or "-"
+
+
 def totals_table(out: Console, names: Sequence[str], params: Sequence[int], mult_adds: Sequence[MultAdds]) -> None:
     """Print parameters and Mult-Adds of two models, their difference, and what the difference is made of."""
-    columns = [("", ""), *((name, "right") for name in names), ("change", "right"), ("", "right")]
-    table = _table(*columns, plain=not out.is_terminal)
+    table = _table("", *names, "change", "%", text=("",), plain=not out.is_terminal)
     table.add_row("parameters", *map(count, params), *change(*params))
     totals = [entry.total for entry in mult_adds]
     table.add_row("Mult-Adds", *map(count, totals), *change(*totals))
@@ -94,7 +110,7 @@ def totals_table(out: Console, names: Sequence[str], params: Sequence[int], mult
 def basis(out: Console, input_shape: Sequence[int]) -> None:
     """Print what the figures refer to."""
     size = "x".join(map(str, input_shape)) or "the example"
-    out.print(f"input {size}, batch 1; 1 Mult-Add = 2 FLOPs; convolutions, Linear layers and matrix products counted")
+    out.print(f"input {size}, batch 1; 1 Mult-Add = 2 FLOPs, counted in convolutions, Linear and matrix products")
 
 
 def plan_report(out: Console, plan: Plan, name: str) -> None:
@@ -112,8 +128,8 @@ def plan_report(out: Console, plan: Plan, name: str) -> None:
 
 def cost_table(out: Console, name: str, report: CostReport) -> None:
     """Print the cost of every convolution of one model, and the total."""
-    columns = [("convolution", ""), ("kind", ""), ("params", "right"), ("Mult-Adds", "right"), ("share", "right")]
-    table = _table(*columns, title=name, plain=not out.is_terminal)
+    words = ("convolution", "kind")
+    table = _table(*words, "params", "Mult-Adds", "share", text=words, plain=not out.is_terminal, title=name)
     for site in report.sites:
         kind = f"{site.kind}, dynamic" if site.dynamic else site.kind
         share = site.mult_adds.total / max(report.mult_adds.total, 1)
@@ -122,3 +138,39 @@ def cost_table(out: Console, name: str, report: CostReport) -> None:
     table.add_row("the whole model", "", count(report.params), count(report.mult_adds.total), "100.0%")
     out.print(table)
     basis(out, report.input_shape)
+
+
+def outcome_table(out: Console, name: str, outcome: Outcome) -> None:
+    """Print the accuracy before, of the control and of the dynamic network, with what each costs."""
+    table = _table(
+        "network",
+        "accuracy",
+        "change",
+        "params",
+        "Mult-Adds",
+        "training",
+        text=("network",),
+        plain=not out.is_terminal,
+        title=name,
+    )
+    static, dynamic = outcome.costs
+    rows = (
+        ("static, before", outcome.before, static, None),
+        ("dynamic, converted", outcome.converted, dynamic, None),
+        ("control: static, trained on", outcome.control, static, outcome.seconds[0]),
+        ("dynamic, trained on", outcome.dynamic, dynamic, outcome.seconds[1]),
+    )
+    for label, accuracy, report, seconds in rows:
+        table.add_row(
+            label,
+            f"{accuracy:.2f} %",
+            f"{accuracy - outcome.before:+.2f}",
+            count(report.params),
+            count(report.mult_adds.total),
+            "" if seconds is None else f"{seconds:.1f} s",
+        )
+    out.print(table)
+    out.print(
+        f"dynamic against control: {outcome.difference:+.2f} points (one seed; accuracy on the validation images)"
+    )
+    basis(out, static.input_shape)

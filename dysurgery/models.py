@@ -17,6 +17,7 @@ import threading
 import traceback
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -214,18 +215,17 @@ def describe(model: nn.Module) -> Source | None:
         Its source, or None if there is any doubt.
     """
     cfg = getattr(model, "pretrained_cfg", None)
-    architecture = cfg.get("architecture") if isinstance(cfg, dict) else None
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
+    if not isinstance(cfg, dict) or not timm.is_model(architecture := str(cfg.get("architecture"))):
         return None
-    tagged = f"{architecture}.{cfg.get('tag')}"  # type: ignore[union-attr]
-    default = timm.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()
-    known = tagged in timm.models.get_arch_pretrained_cfgs(architecture) and tagged != f"{architecture}.{default.tag}"
-    name = tagged if known else architecture
-    usual = (timm.get_pretrained_cfg(name) or default) if known else default
+    default, tag = timm.get_pretrained_cfg(architecture), cfg.get("tag")
+    tagged = f"{architecture}.{tag}"
+    named = default is not None and tag != default.tag and tagged in timm.models.get_arch_pretrained_cfgs(architecture)
+    name = tagged if named else architecture
+    usual = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     args = dict(getattr(model, "_model_args", {}))  # what recent versions of timm were called with
     for key, now, otherwise in (
         ("num_classes", getattr(model, "num_classes", None), usual.num_classes),
-        ("in_chans", _channels(model, cfg or {}), usual.input_size[0]),
+        ("in_chans", _channels(model, cfg.get("first_conv")), usual.input_size[0]),
     ):
         if now is not None and (now != otherwise or key in args):
             args[key] = now
@@ -233,19 +233,17 @@ def describe(model: nn.Module) -> Source | None:
         args = _plain(args)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             twin = timm.create_model(name, **args)
+        return Source("timm", name, args) if _same_tree(model, twin) else None
     except Exception:  # whatever it is, there is doubt
         return None
-    return Source("timm", name, args) if _same_tree(model, twin) else None
 
 
-def _channels(model: nn.Module, cfg: Mapping[str, Any]) -> int | None:
-    """Return the number of channels that a timm model takes, if it says so."""
-    first = cfg.get("first_conv")
-    if isinstance(first, str):
+def _channels(model: nn.Module, first: Any) -> int | None:
+    """Return the number of channels that a timm model takes; older versions show it only in the first convolution."""
+    found = getattr(model, "in_chans", None)
+    if found is None and isinstance(first, str):
         with suppress(AttributeError):
             found = getattr(model.get_submodule(first), "in_channels", None)
-            return found if isinstance(found, int) else None
-    found = getattr(model, "in_chans", None)
     return found if isinstance(found, int) else None
 
 
@@ -330,14 +328,10 @@ def _build_timm(name: str, args: dict[str, Any], size: Size | None, pretrained: 
         height, width = (image, image) if isinstance(image, int) else image
     elif cfg.fixed_input_size and (height, width) != tuple(cfg.input_size[1:]):
         args.setdefault("img_size", [height, width])
-    overlay, lacking = {}, ""
-    if pretrained:
-        try:
-            overlay = {"file": str(_timm_weights(cfg)), "custom_load": cfg.custom_load}
-        except _FetchError as reason:
-            lacking = str(reason)
-    factory = partial(timm.create_model, name, pretrained=bool(overlay), pretrained_cfg_overlay=overlay)
-    model = _create(name, factory, args)
+    weights, lacking = _had(_timm_weights, cfg) if pretrained else (None, "")
+    overlay = {"file": str(weights), "custom_load": cfg.custom_load} if weights else {}
+    factory = partial(timm.create_model, name, pretrained=bool(weights), pretrained_cfg_overlay=overlay)
+    model = _create(name, factory, args, weights)
     getattr(model, "pretrained_cfg", {}).pop("file", None)  # the place in this machine's cache
     label = timm.models.split_model_name_tag(name)[0]
     size = (channels, height, width)
@@ -384,7 +378,7 @@ def _near(name: str, known: Iterable[str]) -> str:
         return f" in timm (did you mean 'torchvision:{name.lower()}'?)"
     if Path(name).is_file():
         return ", which is a file: name the architecture, and the file with --weights"
-    hint = did_you_mean(name, known) or did_you_mean(f"torchvision:{name}", [f"torchvision:{n}" for n in elsewhere])
+    hint = did_you_mean(name, known) or re.sub(r"'(\w+)'", r"'torchvision:\1'", did_you_mean(name, elsewhere))
     return hint or ": expected a name of timm, torchvision:NAME, FILE.py:FACTORY or a saved folder"
 
 
@@ -404,29 +398,24 @@ def _torchvision_builder(name: str) -> Callable[..., Any]:
 def _build_torchvision(name: str, args: dict[str, Any], size: Size | None, pretrained: bool) -> tuple[BuiltModel, str]:
     _refuse_own(args)
     name = name.lower()
-    factory, lacking = _torchvision_builder(name), ""
+    factory = _torchvision_builder(name)
     task = inspect.unwrap(torchvision.models.get_model_builder(name)).__module__.split(".")[2]
     if task in ("detection", "video", "optical_flow"):
         raise DysurgeryError(
             f"torchvision:{name} does not take one image (it is a model for {task.replace('_', ' ')}): "
             "build it in Python and call dysurgery.convert(model, example)"
         )
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    weights = weights.meta.get("unquantized", weights)
-    if pretrained:
-        try:
-            _url_file(weights.url, check_hash=True)
-            factory = partial(factory, weights=weights)
-        except _FetchError as reason:
-            lacking = str(reason)
-    model = _create(f"torchvision:{name}", factory, args)
-    if pretrained and not lacking:  # the weights set arguments of their own, which a rebuild without them needs
+    entry = torchvision.models.get_model_weights(name).DEFAULT
+    entry = entry.meta.get("unquantized", entry)
+    weights, lacking = _had(_url_file, entry.url, check_hash=True) if pretrained else (None, "")
+    model = _create(f"torchvision:{name}", partial(factory, weights=entry) if weights else factory, args, weights)
+    if weights:  # they set arguments of their own, which a rebuild without them needs
         for key in ("transform_input", "aux_logits", "image_size"):
             if hasattr(model, key):
                 args = {**args, key: getattr(model, key)}
         if "aux_loss" in inspect.signature(factory).parameters:
             args = {**args, "aux_loss": getattr(model, "aux_classifier", None) is not None}
-    transforms = weights.transforms()
+    transforms = entry.transforms()
     crop = getattr(transforms, "crop_size", None) or [224]
     size = size or (3, crop[0], crop[-1])
     cfg = {key: getattr(transforms, key) for key in ("mean", "std")} | {
@@ -461,16 +450,19 @@ def _refuse_own(args: Mapping[str, Any]) -> None:
             raise UsageError(f"{name} is no model argument here: say with --weights which weights to take")
 
 
-def _create(label: str, factory: Callable[..., Any], args: Mapping[str, Any]) -> nn.Module:
+def _create(label: str, factory: Callable[..., Any], args: Mapping[str, Any], weights: Path | None = None) -> nn.Module:
     """Call a library's factory; whatever it raises becomes one sentence."""
     try:
-        model = factory(**args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torchvision about itself
+            model = factory(**args)
     except Exception as error:
         wrong = re.search(r"argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
         if wrong and wrong[1] in args:
             _unknown_argument(label, wrong[1], _accepted(factory))
         given = ", ".join(f"{key}={value!r}" for key, value in args.items() if key != "pretrained_cfg")
-        raise DysurgeryError(f"{label}({given}) cannot be built: {_sentence(error)}") from error
+        where = f" with the weights {weights}" if weights else ""
+        raise DysurgeryError(f"{label}({given}) cannot be built{where}: {_sentence(error)}") from error
     assert isinstance(model, nn.Module)
     return model
 
@@ -580,9 +572,10 @@ def _located(error: BaseException, folder: Path) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    """Return an error's type and the first line of its message."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    """Return an error's type and its message, on one line and not too long of it."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:300]} ..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 # Weights
@@ -598,7 +591,7 @@ def _load_weights(built: BuiltModel, file: Path) -> None:
                 f"{file} holds pickled Python objects, which are not read because they can run code: "
                 "save model.state_dict() alone, with safetensors or torch.save"
             ) from error
-        raise DysurgeryError(f"{file} cannot be read as a state dict ({_sentence(error)[:160]})") from error
+        raise DysurgeryError(f"{file} cannot be read as a state dict ({_sentence(error)})") from error
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise DysurgeryError(f"{file} is no state dict: it holds {_few(map(str, state)) or 'nothing'}, and no tensor")
     own = built.model.state_dict()
@@ -643,6 +636,14 @@ def _holds_objects(file: Path) -> bool:
 def _few(items: Iterable[str], count: int = 3) -> str:
     names = list(items)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _had(fetch: Callable[..., Path], *args: Any, **kwargs: Any) -> tuple[Path | None, str]:
+    """Return a fetched file, or why it cannot be had."""
+    try:
+        return fetch(*args, **kwargs), ""
+    except _FetchError as reason:
+        return None, str(reason)
 
 
 def _timm_weights(cfg: Any) -> Path:
@@ -705,7 +706,7 @@ def _url_file(url: str, filename: str | None = None, check_hash: bool = False) -
 
 
 def _check_reachable(ask: Callable[[], object], where: str, absent: str, variable: str) -> None:
-    """Raise _FetchError unless ``ask`` returns in time: looking up a name can take longer than any timeout of a request."""
+    """Raise _FetchError unless ``ask`` returns in time; resolving a host name heeds no timeout, hence the thread."""
     answer = [f"no answer within {PATIENCE:g} s"]
 
     def attempt() -> None:

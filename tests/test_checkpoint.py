@@ -113,9 +113,9 @@ def test_a_graph_comes_back_as_a_graph(tmp_path):
 
 def test_a_wrong_model_is_refused(dynamic, tmp_path):
     dysurgery.save(dynamic, tmp_path / "saved")
-    with pytest.raises(dysurgery.DysurgeryError, match="conv1.3"):
+    with pytest.raises(dysurgery.DysurgeryError, match=r"conv1\.3"):
         dysurgery.load(tmp_path / "saved", model=Custom())
-    with pytest.raises(dysurgery.DysurgeryError, match="fc.weight"):
+    with pytest.raises(dysurgery.DysurgeryError, match=r"fc\.weight"):
         dysurgery.load(tmp_path / "saved", model=timm.create_model("resnet10t", num_classes=8))
 
 

@@ -1,0 +1,62 @@
+import pytest
+
+from dysurgery import UsageError
+from dysurgery.errors import DysurgeryError
+from dysurgery.train import load_recipe, recipe_names
+
+
+def test_every_installed_recipe_is_valid():
+    assert "digits" in recipe_names()
+    for name in recipe_names():
+        assert load_recipe(name).name == name
+
+
+def test_the_digits_recipe_anneals_tau_from_30_to_1():
+    temperature = load_recipe("digits").temperature
+    assert temperature(0) == 30
+    assert temperature(load_recipe("digits").finetune.epochs) == 1
+
+
+def test_overrides_replace_values_and_only_those():
+    plain, changed = load_recipe("digits"), load_recipe("digits", {"finetune.lr": 1, "seed": 5})
+    assert changed.finetune.lr == 1.0
+    assert changed.seed == 5
+    assert changed.finetune.epochs == plain.finetune.epochs
+    assert changed.pretrain == plain.pretrain
+
+
+def test_a_recipe_is_also_a_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[finetune]\nepochs = 3\n")
+    assert load_recipe(str(path)).finetune.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[finetun]\nepochs = 3", ["finetun", "did you mean 'finetune'"]),
+        ("[finetune]\nepoch = 3", ["epoch", "[finetune]", "did you mean 'epochs'"]),
+        ("[finetune]\nepochs = 'three'", ["epochs", "int", "three"]),
+        ("[finetune]\nepochs = true", ["epochs", "int"]),
+        ("[finetune]\nepochs = 0", ["at least 1"]),
+        ("[finetune]\nlr = nan", ["lr"]),
+        ("finetune = 3", ["section"]),
+        ("data = 'imagenet'", ["imagenet", "digits"]),
+        ("[temperature]\nshape = 'square'", ["square", "linear"]),
+        ("[finetune", ["TOML"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_with_the_way_out(tmp_path, text, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(str(path))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_recipe_is_an_error_with_near_names():
+    with pytest.raises(UsageError, match="did you mean 'digits'"):
+        load_recipe("digit")
+    with pytest.raises(DysurgeryError, match="nowhere"):
+        load_recipe("nowhere.toml")
