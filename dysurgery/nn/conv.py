@@ -74,7 +74,7 @@ class DynamicConv2d(DynamicLayer):
             dilation,
             groups,
             bias,
-            padding_mode,
+            padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
         super().__init__(
