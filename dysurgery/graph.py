@@ -99,6 +99,9 @@ def draw(model: nn.Module, fixed: Fixed, *, linear: bool = False) -> tuple[dict[
         module, tracer = model.get_submodule(path), ConvTracer(linear)
         if path in graphs or is_site(module, linear) or not has_site(module, linear):
             return
+        if type(module).forward is nn.Module.forward:  # a ModuleList or the like is no code to trace
+            descend(path)
+            return
         try:
             graphs[path] = _trace(tracer, module, fixed.get(path, {}))
         except Exception as error:
@@ -212,5 +215,5 @@ def join(prefix: str, name: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
+    text = str(error).strip().partition("\n")[0].partition(". ")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
