@@ -96,6 +96,6 @@ def convolve(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geom
 
 def linear(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None) -> Tensor:
     """Map x (B, N, Cin) to (B, N, Cout) with one mixed matrix (Cout, Cin) per sample; bank (K, Cout * Cin)."""
-    weight = mix(pi, bank).view(x.shape[0], -1, x.shape[2])
+    weight = mix(pi, bank).view(x.shape[0], bank.shape[1] // x.shape[2], x.shape[2])
     bias = None if bias_bank is None else mix(pi, bias_bank).unsqueeze(1)
     return _product(x, weight.transpose(1, 2), bias)

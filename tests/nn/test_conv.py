@@ -1,0 +1,234 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Conv2dSame
+from torch import nn
+from torch.nn import functional as F
+
+from dysurgery import set_temperature
+from dysurgery.nn import DynamicConv2d, DynamicConv2dSame
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def looped(layer, x):
+    """The definition: for every sample, mix the kernels by hand and run one plain convolution."""
+    pi = layer.gate(x.mean(dim=(2, 3)))
+    bank = layer.bank.view(layer.k, *layer.weight_shape)
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        static = nn.Conv2d(
+            1, 1, layer.kernel_size, padding=padding, dilation=layer.dilation, padding_mode=layer.padding_mode
+        )
+        x = F.pad(x, static._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    rows = []
+    for b in range(x.shape[0]):
+        weight = sum(pi[b, k] * bank[k] for k in range(layer.k))
+        bias = None if layer.bias_bank is None else sum(pi[b, k] * layer.bias_bank[k] for k in range(layer.k))
+        rows.append(F.conv2d(x[b : b + 1], weight, bias, layer.stride, padding, layer.dilation, layer.groups))
+    return torch.cat(rows)
+
+
+@st.composite
+def convolutions(draw):
+    """Keyword arguments of a convolution of any geometry, and the shape of an input for it."""
+    groups = draw(st.integers(1, 4))
+    channels = groups * draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        groups = channels  # depthwise
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    padding = draw(
+        st.one_of(st.just("valid"), st.just("same"), st.integers(0, 2), st.tuples(st.integers(0, 2), st.integers(0, 2)))
+    )
+    if padding == "same":
+        stride = (1, 1)
+    options = {
+        "in_channels": channels,
+        "out_channels": groups * draw(st.integers(1, 3)),
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "padding_mode": draw(st.sampled_from(PADDING_MODES)),
+    }
+    # 7 is the reach of a kernel of 4 at dilation 2; reflection needs more pixels than it pads.
+    size = (draw(st.integers(7, 11)), draw(st.integers(7, 11)))
+    return options, (draw(st.sampled_from([1, 2, 3])), channels, *size)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(convolutions(), st.booleans(), st.sampled_from(["softmax", "sigmoid"]))
+def test_every_geometry_equals_a_loop_over_the_samples_in_values_and_gradients(case, channels_last, gate):
+    options, shape = case
+    torch.manual_seed(0)
+    layer = DynamicConv2d(**options, k=3, gate=gate, dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    wanted = [x, *layer.parameters()]
+    y, reference = layer(x), looped(layer, x)
+    assert y.shape == reference.shape
+    torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(y)
+    found = torch.autograd.grad(y, wanted, direction)
+    expected = torch.autograd.grad(reference, wanted, direction)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(convolutions(), st.sampled_from([("softmax", "copies"), ("softmax", "zero-sum"), ("sigmoid", "zero-sum")]))
+def test_a_conversion_computes_what_the_convolution_did(case, how):
+    options, shape = case
+    torch.manual_seed(0)
+    static = nn.Conv2d(**options, dtype=torch.float64)
+    layer = DynamicConv2d.from_static(static, k=4, gate=how[0], start=how[1])
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences():
+    layer = DynamicConv2d(2, 3, 2, k=2, dtype=torch.float64)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, bank: torch.func.functional_call(layer, {"bank": bank}, x), (x, layer.bank)
+    )
+
+
+@pytest.mark.parametrize("tau", [1.0, 30.0, 0.3])
+def test_copies_preserve_the_function_at_any_temperature_and_attention(tau):
+    static = nn.Conv2d(6, 8, 3).double()
+    layer = DynamicConv2d.from_static(static, k=4)
+    nn.init.normal_(layer.gate.fc2.weight, std=5.0)
+    set_temperature(layer, tau)
+    x = torch.randn(3, 6, 7, 7, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 11), (5, 6)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_padding_of_tensorflow_is_kept(size, stride):
+    static = Conv2dSame(4, 6, 3, stride=stride, dilation=1 if stride > 1 else 2).double()
+    layer = DynamicConv2dSame.from_static(static, k=3)
+    x = torch.randn(2, 4, *size, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)],
+)
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_types_and_devices(dtype, tolerance, device, kernel):
+    static = nn.Conv2d(8, 8, kernel, groups=1 if kernel == 1 else 4).to(device, dtype)
+    layer = DynamicConv2d.from_static(static, k=4)
+    x = torch.randn(3, 8, 9, 9, device=device, dtype=dtype)
+    y = layer(x)
+    assert (y.dtype, y.device) == (dtype, x.device)
+    torch.testing.assert_close(y, static(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_autocast_computes_in_bfloat16(kernel):
+    static = nn.Conv2d(8, 8, kernel)
+    layer = DynamicConv2d.from_static(static, k=4)
+    x = torch.randn(3, 8, 9, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), static(x), rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_empty_batch_gives_an_empty_batch(kernel, bias):
+    layer = DynamicConv2d(4, 6, kernel, stride=2, bias=bias)
+    y = layer(torch.zeros(0, 4, 9, 9))
+    assert y.shape == nn.Conv2d(4, 6, kernel, stride=2)(torch.zeros(0, 4, 9, 9)).shape
+    y.sum().backward()
+
+
+def test_one_image_without_a_batch_dimension():
+    layer = DynamicConv2d(4, 6, 3)
+    x = torch.randn(4, 9, 9)
+    torch.testing.assert_close(layer(x), layer(x.unsqueeze(0))[0])
+
+
+def test_inputs_need_not_be_contiguous():
+    for kernel in (1, 3):
+        layer = DynamicConv2d(4, 6, kernel, k=3, dtype=torch.float64)
+        x = torch.randn(3, 10, 12, 8, dtype=torch.float64).permute(0, 3, 2, 1)[:, ::2, 1:, ::2]
+        torch.testing.assert_close(layer(x), looped(layer, x))
+
+
+def test_what_belongs_to_the_convolution_carries_over():
+    static = nn.Conv2d(4, 6, 3, dtype=torch.float64).eval()
+    static.weight.requires_grad_(False)
+    layer = DynamicConv2d.from_static(static, k=4)
+    assert not layer.training
+    assert not layer.bank.requires_grad
+    assert layer.bias_bank.requires_grad
+    assert not any(p.requires_grad for p in layer.gate.parameters())
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    assert DynamicConv2d.like(nn.Conv2d(4, 6, 3, device="meta"), k=4).bank.is_meta
+
+
+def test_channels_last_copying_and_state_keep_the_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), DynamicConv2d(4, 6, 3, k=4), DynamicConv2d(6, 6, 1, k=4))
+    set_temperature(model, 4.5)
+    x = torch.randn(2, 3, 9, 9)
+    y = model(x)
+    twin = copy.deepcopy(model)
+    twin.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(twin(x.contiguous(memory_format=torch.channels_last)), y)
+    fresh = nn.Sequential(nn.Conv2d(3, 4, 3), DynamicConv2d(4, 6, 3, k=4), DynamicConv2d(6, 6, 1, k=4))
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(x), y, rtol=0, atol=0)
+    assert fresh[1].gate.tau == 4.5
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compiled_without_a_graph_break_and_not_again_when_tau_changes(batch):
+    torch._dynamo.reset()
+    model = nn.Sequential(DynamicConv2d(3, 4, 3, k=4), nn.ReLU(), DynamicConv2d(4, 6, 1, k=4))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(batch, 3, 9, 9)
+    compiled(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tau in (30.0, 7.0, 1.0):
+            set_temperature(model, tau)
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_under_copies_the_attention_wakes_up_after_one_step_and_under_zero_sum_at_once():
+    x = torch.randn(4, 6, 7, 7, dtype=torch.float64)
+
+    def gradient(layer):
+        layer.zero_grad()
+        layer(x).square().mean().backward()
+        return layer.gate.fc2.weight.grad.abs().max().item()
+
+    torch.manual_seed(0)
+    static = nn.Conv2d(6, 8, 3).double()
+    layer = DynamicConv2d.from_static(static, k=4)
+    assert gradient(layer) < 1e-15
+    torch.optim.SGD(layer.parameters(), lr=0.5).step()
+    assert gradient(layer) > 1e-8
+    assert gradient(DynamicConv2d.from_static(static, k=4, start="zero-sum")) > 1e-6
+
+
+def test_the_geometry_of_nn_conv2d_is_checked_as_there():
+    with pytest.raises(ValueError, match="divisible by groups"):
+        DynamicConv2d(5, 6, 3, groups=2)

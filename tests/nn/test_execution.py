@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dysurgery.nn.execution import WAYS, Geometry, choose
+
+CASES = {
+    "1x1": Geometry(6, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "1x1 strided": Geometry(6, (1, 1), (2, 3), (0, 0), (1, 1), 1),
+    "1x1 same": Geometry(6, (1, 1), (1, 1), "same", (1, 1), 1),
+    "1x1 padded": Geometry(6, (1, 1), (1, 1), (1, 1), (1, 1), 1),
+    "1x1 grouped": Geometry(6, (1, 1), (1, 1), (0, 0), (1, 1), 2),
+    "3x3": Geometry(6, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "3x3 strided, dilated": Geometry(6, (3, 3), (2, 1), (2, 2), (2, 2), 1),
+    "depthwise": Geometry(4, (3, 3), (1, 1), "same", (1, 1), 4),
+    "grouped, even": Geometry(6, (2, 4), (1, 2), "valid", (1, 1), 2),
+}
+
+
+def covers(way, case, batch):
+    """Whether this way may be used: ``single`` for one sample, ``matmul`` for a plain 1x1, ``grouped`` for any two."""
+    geometry = CASES[case]
+    if way == "single":
+        return batch <= 1
+    if way == "matmul":
+        return geometry.kernel_size == (1, 1) and geometry.groups == 1 and geometry.padding != (1, 1)
+    return batch > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_every_way_equals_the_definition_wherever_it_may_be_used(way, case, bias, channels_last, batch):
+    if not covers(way, case, batch):
+        pytest.skip("not covered by this way")
+    geometry, k = CASES[case], 3
+    torch.manual_seed(0)
+    x = torch.randn(batch, 4, 7, 8, dtype=torch.float64)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    pi = torch.softmax(torch.randn(batch, k, dtype=torch.float64), dim=1)
+    weights = torch.randn(k, geometry.out_channels, 4 // geometry.groups, *geometry.kernel_size, dtype=torch.float64)
+    biases = torch.randn(k, geometry.out_channels, dtype=torch.float64) if bias else None
+    inputs = [t.requires_grad_() for t in (x, pi, weights, biases) if t is not None]
+
+    def defined():
+        rest = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        rows = [
+            F.conv2d(
+                x[b : b + 1],
+                (pi[b, :, None, None, None, None] * weights).sum(0),
+                pi[b] @ biases if bias else None,
+                *rest,
+            )
+            for b in range(batch)
+        ]
+        return torch.cat(rows) if rows else F.conv2d(x, weights[0], None, *rest)
+
+    y, reference = WAYS[way](x, pi, weights.view(k, -1), biases, geometry), defined()
+    assert y.shape == reference.shape
+    torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
+    if batch:
+        direction = torch.randn_like(y)
+        found, expected = (torch.autograd.grad(out, inputs, direction) for out in (y, reference))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch", [0, 1, 2, 8])
+def test_the_chooser_names_a_way_that_covers_the_case(case, batch):
+    assert covers(choose(torch.empty(batch, 4, 7, 8), CASES[case]), case, batch)
+
+
+def test_a_1x1_keeps_channels_last():
+    x = torch.randn(3, 4, 7, 8).contiguous(memory_format=torch.channels_last)
+    y = WAYS["matmul"](x, torch.ones(3, 1), torch.randn(1, 24), None, CASES["1x1"])
+    assert y.is_contiguous(memory_format=torch.channels_last)
