@@ -125,10 +125,9 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain values; :func:`edited` reads them back."""
-        chosen = {"layers", "include", "exclude", "kinds", "linear"}
         return {
             **dataclasses.asdict(self.settings),
-            **{key: value for key, value in dataclasses.asdict(self.selection).items() if key in chosen},
+            **{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self.selection).items()},
             "input_shape": list(self.before.input_shape),
             "params": dict(zip(("static", "dynamic"), self.params, strict=True)),
             "mult_adds": _mult_adds_json(*self.mult_adds),
@@ -204,6 +203,34 @@ def plan(
     return _assemble(model, example, settings, selection, {})
 
 
+# What a plan's JSON holds beside its sites; lists hold text.
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "k": (int,),
+    "reduction": (int,),
+    "gate": (str,),
+    "start": (str, type(None)),
+    "spread": (float, int),
+    "seed": (int,),
+    "as_graph": (bool,),
+}
+_SELECTION: dict[str, tuple[type, ...]] = {
+    "layers": (str,),
+    "include": (list,),
+    "exclude": (list,),
+    "kinds": (list,),
+    "linear": (bool,),
+}
+
+
+def _typed(data: Mapping[str, Any], name: str) -> Any:
+    """Return a value of the plan, a list as a tuple, if it is of the expected type."""
+    value, expected = data[name], {**_SETTINGS, **_SELECTION}[name]
+    if type(value) not in expected or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in expected)
+        raise UsageError(f"{name!r} of the plan is {value!r}: expected {names}{' of text' if list in expected else ''}")
+    return tuple(value) if isinstance(value, list) else value
+
+
 def edited(model: nn.Module, example: Example, data: Mapping[str, Any]) -> Plan:
     """Return the plan that ``data`` describes, as :meth:`Plan.to_json` wrote it and a person may have changed it.
 
@@ -213,18 +240,17 @@ def edited(model: nn.Module, example: Example, data: Mapping[str, Any]) -> Plan:
         UsageError: if it is no plan, names a site that the model does not have, or asks for what a site cannot be.
         DysurgeryError: if the model does not run on the example.
     """
-    try:
-        settings = Settings(**{f.name: data[f.name] for f in dataclasses.fields(Settings) if f.name in data})
-        keys = ("layers", "include", "exclude", "kinds", "linear")
-        given: dict[str, Any] = {key: data[key] for key in keys if key in data}
-        given |= {key: tuple(value) for key, value in given.items() if isinstance(value, list)}
-        selection = Selection(**given)
-        wanted = {str(entry["path"]): str(entry["decision"]) for entry in data["sites"]}
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"not a plan: {error} is missing or has the wrong type (see dysurgery plan --json)") from error
-    for path, decision in wanted.items():
-        if decision not in ("dynamic", "static"):
+    sites = data.get("sites")
+    if not isinstance(sites, list) or not sites or not all(isinstance(entry, dict) for entry in sites):
+        raise UsageError('not a plan: it has no list of "sites" (see dysurgery plan --json)')
+    wanted = {}
+    for entry in sites:
+        path, decision = entry.get("path"), entry.get("decision")
+        if not isinstance(path, str) or decision not in ("dynamic", "static"):
             raise UsageError(f"the plan's decision for {path!r} is {decision!r}: expected 'dynamic' or 'static'")
+        wanted[path] = decision
+    settings = Settings(**{name: _typed(data, name) for name in _SETTINGS if name in data})
+    selection = Selection(**{name: _typed(data, name) for name in _SELECTION if name in data})
     return _assemble(model, example, settings, selection, wanted)
 
 
