@@ -10,6 +10,7 @@ from dysurgery.cli.options import make_plan, model_options, output_options, plan
 
 from dysurgery.checkpoint import check_target, open_model, save
 from dysurgery.models import WeightsUnavailable
+from dysurgery.planfile import to_json
 from dysurgery.rewrite import carry_out
 
 
@@ -51,7 +52,7 @@ def convert(
         except WeightsUnavailable as error:
             built, unavailable = error.built, error
         planned = make_plan(built, options, plan_file)
-    figures = {"model": built.label, **planned.to_json(), "max_abs_diff": None, "relative_diff": None, "out": None}
+    figures = {"model": built.label, **to_json(planned), "max_abs_diff": None, "relative_diff": None, "out": None}
     if unavailable is not None:
         tables.plan_report(console, planned, built.label)
         write_json(figures, json_file)

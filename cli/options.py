@@ -16,7 +16,8 @@ from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.models import BuiltModel
 from dysurgery.nn import GATES, STARTS
 from dysurgery.nn.bank import DEFAULT_SPREAD
-from dysurgery.plan import Plan, edited, plan
+from dysurgery.plan import Plan, plan
+from dysurgery.planfile import edited
 from dysurgery.select import KINDS, PRESETS
 
 Command = Callable[..., Any]

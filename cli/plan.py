@@ -13,6 +13,8 @@ from dysurgery.cli.options import (
     write_json,
 )
 
+from dysurgery.planfile import to_json
+
 
 @click.command()
 @model_options
@@ -29,4 +31,4 @@ def plan(model: str, json_file: str | None, quiet: bool, **options: Any) -> None
         built = open_for_figures(model, options)
         planned = make_plan(built, options)
     tables.plan_report(tables.console(quiet or json_file == "-"), planned, built.label)
-    write_json({"model": built.label, **planned.to_json()}, json_file)
+    write_json({"model": built.label, **to_json(planned)}, json_file)

@@ -1,21 +1,20 @@
 """What a conversion would do: every convolution with its decision, its reason and its predicted cost.
 
 A model and an example go through :mod:`dysurgery.trace`, :mod:`dysurgery.select` and :mod:`dysurgery.cost`; out comes
-a :class:`Plan`, and nothing has been touched. A plan can be printed, written as JSON, edited and carried out
-(:mod:`dysurgery.rewrite`).
+a :class:`Plan`, and nothing has been touched. A plan can be printed, written as JSON and edited
+(:mod:`dysurgery.planfile`), and carried out (:mod:`dysurgery.rewrite`).
 """
 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from dysurgery.cost import CostReport, MultAdds, cost, dynamic_mult_adds, gate_parameters, static_mult_adds
-from dysurgery.errors import UsageError, did_you_mean
+from dysurgery.errors import UsageError
 from dysurgery.example import Example
 from dysurgery.nn.attention import MIN_HIDDEN, gate_class
 from dysurgery.nn.bank import DEFAULT_SPREAD, check_start, default_start
@@ -123,41 +122,6 @@ class Plan:
         counts = Counter(planned.decision.reason for planned in self.sites if not planned.decision.dynamic)
         return ", ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "it has no convolution"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as plain values; :func:`edited` reads them back."""
-        return {
-            **dataclasses.asdict(self.settings),
-            **{key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self.selection).items()},
-            "input_shape": list(self.before.input_shape),
-            "params": dict(zip(("static", "dynamic"), self.params, strict=True)),
-            "mult_adds": _mult_adds_json(*self.mult_adds),
-            "notes": list(self.graph.notes),
-            "sites": [
-                {
-                    "path": planned.site.path,
-                    "kind": planned.site.kind,
-                    "decision": "dynamic" if planned.decision.dynamic or planned.site.dynamic else "static",
-                    "reason": planned.decision.reason,
-                    "aliases": list(planned.site.aliases),
-                    "weight_shape": list(planned.site.weight_shape),
-                    "calls": [dataclasses.asdict(call) for call in planned.site.calls],
-                    "params": dict(zip(("static", "dynamic"), planned.params, strict=True)),
-                    "mult_adds": _mult_adds_json(*planned.mult_adds),
-                }
-                for planned in self.sites
-            ],
-        }
-
-
-def _mult_adds_json(before: MultAdds, after: MultAdds) -> dict[str, int]:
-    return {
-        "static": before.total,
-        "dynamic": after.total,
-        "pooling": after.pooling,
-        "attention": after.attention,
-        "aggregation": after.aggregation,
-    }
-
 
 def plan(
     model: nn.Module,
@@ -200,67 +164,19 @@ def plan(
     """
     settings = Settings(k, reduction, gate, start, spread, seed, as_graph)
     selection = Selection(layers, _several(include), _several(exclude), _several(kinds), linear)
-    return _assemble(model, example, settings, selection, {})
+    return assemble(model, example, settings, selection)
 
 
-# What a plan's JSON holds beside its sites; lists hold text.
-_SETTINGS: dict[str, tuple[type, ...]] = {
-    "k": (int,),
-    "reduction": (int,),
-    "gate": (str,),
-    "start": (str, type(None)),
-    "spread": (float, int),
-    "seed": (int,),
-    "as_graph": (bool,),
-}
-_SELECTION: dict[str, tuple[type, ...]] = {
-    "layers": (str,),
-    "include": (list,),
-    "exclude": (list,),
-    "kinds": (list,),
-    "linear": (bool,),
-}
-
-
-def _typed(data: Mapping[str, Any], name: str) -> Any:
-    """Return a value of the plan, a list as a tuple, if it is of the expected type."""
-    value, expected = data[name], {**_SETTINGS, **_SELECTION}[name]
-    if type(value) not in expected or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
-        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in expected)
-        raise UsageError(f"{name!r} of the plan is {value!r}: expected {names}{' of text' if list in expected else ''}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def edited(model: nn.Module, example: Example, data: Mapping[str, Any]) -> Plan:
-    """Return the plan that ``data`` describes, as :meth:`Plan.to_json` wrote it and a person may have changed it.
-
-    What counts is each site's ``decision`` (``dynamic`` or ``static``); a site that is not listed is static.
-
-    Raises:
-        UsageError: if it is no plan, names a site that the model does not have, or asks for what a site cannot be.
-        DysurgeryError: if the model does not run on the example.
-    """
-    sites = data.get("sites")
-    if not isinstance(sites, list) or not sites or not all(isinstance(entry, dict) for entry in sites):
-        raise UsageError('not a plan: it has no list of "sites" (see dysurgery plan --json)')
-    wanted = {}
-    for entry in sites:
-        path, decision = entry.get("path"), entry.get("decision")
-        if not isinstance(path, str) or decision not in ("dynamic", "static"):
-            raise UsageError(f"the plan's decision for {path!r} is {decision!r}: expected 'dynamic' or 'static'")
-        wanted[path] = decision
-    settings = Settings(**{name: _typed(data, name) for name in _SETTINGS if name in data})
-    selection = Selection(**{name: _typed(data, name) for name in _SELECTION if name in data})
-    return _assemble(model, example, settings, selection, wanted)
-
-
-def _assemble(
-    model: nn.Module, example: Example, settings: Settings, selection: Selection, wanted: Mapping[str, str]
+def assemble(
+    model: nn.Module,
+    example: Example,
+    settings: Settings,
+    selection: Selection,
+    overrule: Callable[[tuple[Decision, ...]], tuple[Decision, ...]] = lambda decisions: decisions,
 ) -> Plan:
+    """Trace the model, decide by the rules, let ``overrule`` change the decisions, and predict the cost."""
     graph = trace(model, example, linear=selection.linear, as_graph=settings.as_graph)
-    decisions: Iterable[Decision] = select(graph, selection)
-    if wanted:
-        decisions = _overrule(tuple(decisions), wanted)
+    decisions = overrule(select(graph, selection))
     before = cost(model, example)
     costs = {entry.path: entry for entry in before.sites}
     sites, counted = [], set[str | None]()
@@ -277,25 +193,6 @@ def _assemble(
             after = (_dynamic_parameters(site, settings), _dynamic(site, settings) // graph.batch)
         sites.append(PlannedSite(decision, (params, after[0]), (base, after[1])))
     return Plan(settings, selection, tuple(sites), before, graph, example)
-
-
-def _overrule(decisions: tuple[Decision, ...], wanted: Mapping[str, str]) -> list[Decision]:
-    known = {decision.site.path for decision in decisions}
-    for path in wanted:
-        if path not in known:
-            raise UsageError(f"the plan names {path!r}, which the model does not have{did_you_mean(path, known)}")
-    result = []
-    for decision in decisions:
-        site, dynamic = decision.site, wanted.get(decision.site.path) == "dynamic"
-        if site.dynamic and not dynamic:
-            raise UsageError(f"the plan makes {site.path!r} static, but it is dynamic already")
-        if dynamic and site.refusal:
-            raise UsageError(f"the plan makes {site.path!r} dynamic, which it cannot be: {site.refusal}")
-        if site.dynamic or dynamic == decision.dynamic:
-            result.append(decision)
-        else:
-            result.append(Decision(site, dynamic, "set in the plan"))
-    return result
 
 
 def _several(value: str | Sequence[str]) -> tuple[str, ...]:
