@@ -4,8 +4,6 @@ Real images, installed with the package, nothing downloaded.
 """
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -14,6 +12,10 @@ INPUT_SIZE = (1, 8, 8)
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
     """Return 1 197 training and 600 validation images (1, 8, 8) in -1..1 with their classes, always the same split."""
+    # Imported here: it takes a second, which every other command would wait for.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, classes = load_digits(return_X_y=True)
     split = train_test_split(images, classes, test_size=600, random_state=0, stratify=classes)
     train_x, val_x, train_y, val_y = (torch.from_numpy(part) for part in split)
