@@ -33,7 +33,8 @@ class Settings:
         start: ``copies`` or ``zero-sum``; None takes the gate's default.
         spread: size of the zero-sum noise, as a multiple of each weight's standard deviation.
         seed: of the attention's weights and the noise.
-        as_graph: whether the result is a GraphModule, with functional convolutions and single calls as sites.
+        as_graph: whether the result is a GraphModule, with functional convolutions and single calls as sites; where
+            the tracer cannot go through the whole model, the parts that it can become GraphModules.
 
     Raises:
         UsageError: for a value out of range, or a start that would change the function under this gate.

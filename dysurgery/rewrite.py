@@ -126,6 +126,7 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
             raise UsageError(f"nothing is selected in {type(model).__name__}: {plan.reasons()}")
         warnings.warn(f"nothing to convert in {type(model).__name__}: {plan.reasons()}", stacklevel=3)
         return Conversion(model if in_place else copy.deepcopy(model), plan, 0.0, 0.0)
+    _check_fits(plan, model)
 
     inputs = random_batch(model, plan.example, plan.settings.seed)
     modes = (False, True) if plan.settings.as_graph else (False,)
@@ -156,10 +157,19 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
         differences = [difference(a, b) for a, b in zip(expected, found, strict=True)]
         absolute, relative = (max(values) for values in zip(*differences, strict=True))
         _check(model, result, plan, absolute, relative)
-    except DysurgeryError:
+    except BaseException:
         undo()
         raise
     return Conversion(result, plan, absolute, relative)
+
+
+def _check_fits(plan: Plan, model: nn.Module) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for site in plan.chosen:
+        static = model if site.module is None else modules.get(site.module)
+        weight = None if static is None else static._parameters.get("weight")
+        if static is None or (site.module is not None and (weight is None or weight.shape != site.weight_shape)):
+            raise UsageError(f"the plan was made for another model: {type(model).__name__} has no such {site.path!r}")
 
 
 Build = Callable[[nn.Module, str], DynamicLayer]
@@ -229,7 +239,7 @@ def rewrite_graphs(
     for path, module in model.named_modules():
         module.training = modes[path]
     nodes = site_nodes(evaluated, linear)
-    for prefix in {nodes[path][0] for path in paths if path in nodes}:
+    for prefix in dict.fromkeys(nodes[path][0] for path in paths if path in nodes):
         if prefix not in trained:
             raise DysurgeryError(f"{prefix or type(model).__name__} can be traced in eval but not in train mode")
         graphs_of.follow_mode(evaluated[prefix], trained[prefix])

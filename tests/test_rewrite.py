@@ -152,6 +152,13 @@ def test_in_place_changes_the_model_itself():
     torch.testing.assert_close(model(IMAGE), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_plan_for_another_model_is_refused():
+    plan = dysurgery.plan(build("resnet18"), IMAGE)
+    for other in (build("mobilenetv2_100"), timm.create_model("resnet26")):
+        with pytest.raises(UsageError, match="another model"):
+            dysurgery.convert(other, plan=plan)
+
+
 class Wrong(DynamicConv2d):
     def forward(self, x):
         return super().forward(x) * 1.01
