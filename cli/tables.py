@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dysurgery.cost import CostReport, MultAdds
-from dysurgery.plan import Plan
+from dysurgery.plan import Plan, PlannedSite
 from dysurgery.trace import ConvSite
 from dysurgery.train import Outcome
 
@@ -78,12 +78,18 @@ def plan_table(out: Console, plan: Plan) -> None:
             _map_size(site),
             params,
             mult_adds,
-            "dynamic" if dynamic else f"static: {planned.decision.reason}",
+            _decision(planned),
             style=None if dynamic else "dim",
         )
     out.print(table)
     for note in plan.graph.notes:
         out.print(Text(f"note: {note}", style="dim"))
+
+
+def _decision(planned: PlannedSite) -> str:
+    if planned.decision.dynamic:
+        return "dynamic"
+    return planned.decision.reason if planned.site.dynamic else f"static: {planned.decision.reason}"
 
 
 def _map_size(site: ConvSite) -> str:
@@ -122,7 +128,7 @@ def plan_report(out: Console, plan: Plan, name: str) -> None:
         f"{name}: {chosen} of {total} convolutions become dynamic "
         f"(K={settings.k}, {settings.gate} gate, start {settings.start})"
     )
-    totals_table(out, ("static", "dynamic"), plan.params, plan.mult_adds)
+    totals_table(out, ("before", "after"), plan.params, plan.mult_adds)
     basis(out, plan.before.input_shape)
 
 
