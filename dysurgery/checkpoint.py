@@ -25,6 +25,7 @@ from dysurgery._version import __version__
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.nn import HANDLERS, DynamicLayer, temperature
 from dysurgery.rewrite import graft_in_place, rewrite_graphs
+from dysurgery.source import Source, describe
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -45,7 +46,7 @@ class Config:
         versions: of what wrote it.
     """
 
-    source: models.Source | None
+    source: Source | None
     layers: dict[str, dict[str, Any]]
     graphs: dict[str, dict[str, Any]]
     tau: float | None
@@ -64,7 +65,7 @@ def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    source: models.Source | None = None,
+    source: Source | None = None,
     input_size: tuple[int, int, int] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
@@ -91,7 +92,7 @@ def save(
     target = check_target(folder, force=force)
     layers = {path: m.options() for path, m in model.named_modules() if isinstance(m, DynamicLayer)}
     config = Config(
-        source=source or models.describe(model),
+        source=source or describe(model),
         layers=layers,
         graphs={
             path: m.meta["dysurgery"]
@@ -178,7 +179,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
     try:
         size = data["input_size"]
         return Config(
-            source=None if data["source"] is None else models.Source.from_json(data["source"], os.path.abspath(folder)),
+            source=None if data["source"] is None else Source.from_json(data["source"], os.path.abspath(folder)),
             layers={str(name): dict(options) for name, options in data["layers"].items()},
             graphs=dict(data["graphs"]),
             tau=data["tau"],
@@ -193,6 +194,9 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Return the model saved in ``folder``, in eval mode, in the types it was saved in, on the CPU.
+
+    Nothing is unpickled. A folder whose source is ``FILE.py:FACTORY`` runs that file, as any import would: load such
+    folders only from people whose code you would run.
 
     Args:
         folder: what :func:`save` wrote.

@@ -19,3 +19,9 @@ def did_you_mean(given: str, known: Iterable[str], count: int = 3) -> str:
     """Return `` (did you mean 'a' or 'b'?)`` for the known names nearest to ``given``, or an empty string."""
     near = difflib.get_close_matches(given, list(known), n=count, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+def sentence(error: BaseException) -> str:
+    """Return an error's type and the first sentence of its message, without the advice that may follow it."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "").partition(". ")[0]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

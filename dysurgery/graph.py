@@ -13,7 +13,7 @@ from typing import Any
 import timm.layers
 from torch import Tensor, fx, nn
 
-from dysurgery.errors import DysurgeryError
+from dysurgery.errors import DysurgeryError, sentence
 from dysurgery.example import undisturbed
 from dysurgery.watch import Arguments, has_site, is_site
 
@@ -50,7 +50,7 @@ class ConvTracer(fx.Tracer):
         except Exception as error:
             # Undo what this module added, and call it as a whole instead: everything outside it stays traced.
             path = self.path_of_module(m)
-            self.auto_leaves[path] = _first_line(error)
+            self.auto_leaves[path] = sentence(error)
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
             self.module_stack.clear()
@@ -105,7 +105,7 @@ def draw(model: nn.Module, fixed: Fixed, *, linear: bool = False) -> tuple[dict[
         try:
             graphs[path] = _trace(tracer, module, fixed.get(path, {}))
         except Exception as error:
-            notes.append(f"{path or 'the model'} ({type(module).__name__}) is not traced: {_first_line(error)}")
+            notes.append(f"{path or 'the model'} ({type(module).__name__}) is not traced: {sentence(error)}")
             descend(path)
             return
         for leaf, why in tracer.auto_leaves.items():
@@ -157,7 +157,7 @@ def measure(drawn: fx.GraphModule, arguments: Arguments) -> None:
         with undisturbed(drawn):
             _Shapes(drawn).run(*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
     except Exception as error:
-        raise DysurgeryError(_first_line(error)) from error
+        raise DysurgeryError(sentence(error)) from error
 
 
 def by_mode(training: bool, if_training: Any, otherwise: Any) -> Any:
@@ -212,8 +212,3 @@ def is_global_pool(node: fx.Node) -> bool:
 def join(prefix: str, name: str) -> str:
     """Return the path of ``name`` in the module at ``prefix``."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

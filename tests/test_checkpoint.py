@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import dysurgery
-from dysurgery import checkpoint, models
+from dysurgery import checkpoint
+from dysurgery.source import Source
 
 IMAGE = (1, 3, 32, 32)
 
@@ -71,7 +72,7 @@ def test_shared_modules_and_channels_last_survive(tmp_path):
     model = timm.create_model("coat_lite_tiny", img_size=64, num_classes=3).eval().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 64, 64)
     dynamic = dysurgery.convert(model, x)
-    source = models.Source("timm", "coat_lite_tiny", {"img_size": 64, "num_classes": 3})
+    source = Source("timm", "coat_lite_tiny", {"img_size": 64, "num_classes": 3})
     dysurgery.save(dynamic, tmp_path / "saved", source=source)
     torch.testing.assert_close(dysurgery.load(tmp_path / "saved")(x), dynamic(x))
 
