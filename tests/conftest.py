@@ -1,11 +1,14 @@
 """Fixtures for every test: no network, and a folder of one's own."""
 
 import os
+import socket
 
 import pytest
+from huggingface_hub import constants
 
 # A test that reached for the hub would be slow online and fail offline.
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
+constants.HF_HUB_OFFLINE = True  # for this one, which has read the variable already
 
 FACTORY = '''
 import torch
@@ -50,3 +53,25 @@ def factory_file(tmp_path):
     path = tmp_path / "mynet.py"
     path.write_text(FACTORY)
     return path
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Empty caches, and a hub that may be asked."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path
+
+
+@pytest.fixture
+def offline(caches, monkeypatch):
+    """Empty caches and no network; the list of host names that were looked up."""
+    asked = []
+
+    def unknown(host, *args, **kwargs):
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    return asked
