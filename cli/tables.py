@@ -177,6 +177,7 @@ def outcome_table(out: Console, name: str, outcome: Outcome) -> None:
         )
     out.print(table)
     out.print(
-        f"dynamic against control: {outcome.difference:+.2f} points (one seed; accuracy on the validation images)"
+        f"dynamic against control: {outcome.difference:+.2f} points "
+        f"(one seed, {outcome.val_images} validation images: one image is {100 / outcome.val_images:.2f} points)"
     )
     basis(out, static.input_shape)

@@ -76,8 +76,8 @@ def fill(
     with torch.no_grad():
         if start != "copies":
             gate.silence()
-        constant = gate.weights(torch.zeros(1, k, dtype=torch.float64), torch.ones((), dtype=torch.float64))
-        total = constant.sum().item()
+        z = torch.zeros(1, k, dtype=torch.float64, device="cpu")  # also under a default device without storage
+        total = gate.weights(z, z.new_ones(())).sum().item()
         bank.copy_(STARTS[start](weight.detach(), k, spread) / total)
         if bias_bank is not None and bias is not None:
             bias_bank.copy_(copies(bias.detach(), k, 0.0) / total)

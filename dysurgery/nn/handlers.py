@@ -1,7 +1,8 @@
 """Which static modules have a dynamic counterpart, and why the others have none.
 
-A module of exactly a class in :data:`HANDLERS`, with plain parameters, can be replaced; everything else is refused
-with a reason and never guessed. A new counterpart is a :class:`DynamicLayer` in the tuple below.
+A module of exactly a class in :data:`HANDLERS`, with plain parameters and that class's forward, can be replaced;
+everything else is refused with a reason and never guessed. A new counterpart is a :class:`DynamicLayer` in the tuple
+below.
 """
 
 from torch import nn
@@ -22,6 +23,8 @@ def refusal(module: nn.Module) -> str | None:
         return "parametrized: remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)"
     if kind not in HANDLERS:
         return f"no handler for {kind.__module__}.{kind.__qualname__}"
+    if replaced := vars(module).keys() & {"forward", "_conv_forward"}:
+        return f"its {min(replaced)} was replaced on the instance (by a wrapper or an offloading hook): undo that first"
     weight = module._parameters.get("weight")
     if weight is None or "bias" not in module._parameters:
         return "its weight is computed before each call (weight_norm, spectral_norm or pruning): fold that first"

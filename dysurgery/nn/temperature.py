@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dysurgery.errors import UsageError
+from dysurgery.errors import UsageError, did_you_mean
 from dysurgery.nn.attention import Gate
+
+# How far bfloat16 may round one tau from what a float32 gate beside it holds.
+ROUNDING = 2**-8
 
 # Each shape maps (start, end, fraction of the warmup in 0..1) to tau.
 SHAPES: dict[str, Callable[[float, float, float], float]] = {
@@ -48,7 +51,10 @@ class TemperatureSchedule:
         if not 0 <= self.warmup < math.inf:
             raise UsageError(f"the temperature warmup is at least 0 epochs, got {self.warmup}")
         if self.shape not in SHAPES:
-            raise UsageError(f"unknown temperature shape {self.shape!r}: expected one of {', '.join(SHAPES)}")
+            raise UsageError(
+                f"unknown temperature shape {self.shape!r}: expected one of {', '.join(SHAPES)}"
+                f"{did_you_mean(self.shape, SHAPES)}"
+            )
 
     def __call__(self, progress: float) -> float:
         """Return tau at ``progress`` (epochs done, 0 at the first step)."""
@@ -75,10 +81,10 @@ def temperature(model: nn.Module) -> float:
     Raises:
         UsageError: if the model has no dynamic layer, or its gates disagree.
     """
-    taus = {gate.tau.item() for gate in _gates(model)}
-    if len(taus) > 1:
+    taus = [float(gate.tau.item()) for gate in _gates(model)]
+    if max(taus) > (1 + ROUNDING) * min(taus):
         raise UsageError(f"the gates disagree about tau ({min(taus):g} to {max(taus):g}): call set_temperature")
-    return float(taus.pop())
+    return taus[0]
 
 
 def _gates(model: nn.Module) -> list[Gate]:

@@ -4,7 +4,6 @@ from torch import nn
 
 from dysurgery.errors import UsageError
 from dysurgery.nn import GATES, DynamicConv2d, Gate, SigmoidGate, SoftmaxGate
-from dysurgery.nn.attention import gate_class
 
 
 def logits(gate, x):
@@ -22,10 +21,12 @@ def test_softmax_weights_sum_to_one_and_flatten_as_tau_grows():
     assert gate(x).std() < sharp
 
 
-def test_sigmoid_weights_are_independent():
+@pytest.mark.parametrize("tau", [1.0, 5.0])
+def test_sigmoid_weights_are_independent(tau):
     gate = SigmoidGate(8, 4)
+    gate.tau.fill_(tau)
     x = torch.randn(5, 8)
-    torch.testing.assert_close(gate(x), torch.sigmoid(logits(gate, x)))
+    torch.testing.assert_close(gate(x), torch.sigmoid(logits(gate, x) / tau))
 
 
 @pytest.mark.parametrize("gate", GATES.values())
@@ -52,7 +53,7 @@ def test_weights_of_half_precision_layers_are_computed_in_float32():
 
 def test_an_unknown_gate_is_an_error_with_near_names():
     with pytest.raises(UsageError, match="did you mean 'softmax'"):
-        gate_class("sofmax")
+        DynamicConv2d(4, 6, 3, gate="sofmax")
 
 
 def test_a_third_gate_is_a_class_and_a_table_entry(monkeypatch):

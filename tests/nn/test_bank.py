@@ -6,9 +6,10 @@ from dysurgery.errors import UsageError
 from dysurgery.nn import DynamicConv2d
 
 
-def bank(**options):
+def bank(seed=0, **options):
     torch.manual_seed(0)
     static = nn.Conv2d(16, 32, 3).double()
+    torch.manual_seed(seed)
     return static, DynamicConv2d.from_static(static, **options)
 
 
@@ -42,8 +43,22 @@ def test_an_unknown_start_is_an_error_with_near_names():
         bank(k=4, start="copis")
 
 
-def test_the_same_seed_gives_the_same_bank():
-    assert torch.equal(bank(k=4, start="zero-sum")[1].bank, bank(k=4, start="zero-sum")[1].bank)
+def test_the_same_seed_gives_the_same_bank_and_another_seed_another():
+    first, again, other = (bank(seed, k=4, start="zero-sum")[1].bank for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("start", ["copies", "zero-sum"])
+def test_a_single_kernel_is_the_weight_itself(start):
+    static, layer = bank(k=1, start=start)
+    torch.testing.assert_close(layer.bank.view_as(static.weight), static.weight)
+
+
+def test_a_layer_without_storage_stays_without():
+    with torch.device("meta"):
+        layer = DynamicConv2d.from_static(nn.Conv2d(4, 6, 3), k=4, start="zero-sum")
+    assert all(t.is_meta for t in layer.state_dict().values())
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"k": 4, "reduction": 0}])

@@ -9,9 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dysurgery import set_temperature
-from dysurgery.nn import DynamicConv2d, DynamicConv2dSame
+from dysurgery.nn import DynamicConv2d, DynamicConv2dSame, DynamicLinear
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same.:UserWarning")  # torch, of even kernels
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+EXACT_STARTS = (("softmax", "copies"), ("softmax", "zero-sum"), ("sigmoid", "zero-sum"))
 
 
 def looped(layer, x):
@@ -34,7 +37,7 @@ def looped(layer, x):
 
 
 @st.composite
-def convolutions(draw):
+def convolutions(draw, batches=(1, 2, 3)):
     """Keyword arguments of a convolution of any geometry, and the shape of an input for it."""
     groups = draw(st.integers(1, 4))
     channels = groups * draw(st.integers(1, 3))
@@ -61,19 +64,32 @@ def convolutions(draw):
     }
     # 7 is the reach of a kernel of 4 at dilation 2; reflection needs more pixels than it pads.
     size = (draw(st.integers(7, 11)), draw(st.integers(7, 11)))
-    return options, (draw(st.sampled_from([1, 2, 3])), channels, *size)
+    return options, (draw(st.sampled_from(batches)), channels, *size)
+
+
+def as_is(x):
+    return x
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def every_other(x):
+    """The same values with gaps between them, rows and columns exchanged in memory."""
+    return x.mT.repeat_interleave(2, dim=-1)[..., ::2].mT
+
+
+layouts = st.sampled_from([as_is, channels_last, every_other])
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(convolutions(), st.booleans(), st.sampled_from(["softmax", "sigmoid"]))
-def test_every_geometry_equals_a_loop_over_the_samples_in_values_and_gradients(case, channels_last, gate):
+@given(convolutions(), layouts, st.sampled_from(["softmax", "sigmoid"]))
+def test_every_geometry_equals_a_loop_over_the_samples_in_values_and_gradients(case, layout, gate):
     options, shape = case
     torch.manual_seed(0)
     layer = DynamicConv2d(**options, k=3, gate=gate, dtype=torch.float64)
-    x = torch.randn(shape, dtype=torch.float64)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    x.requires_grad_()
+    x = layout(torch.randn(shape, dtype=torch.float64)).requires_grad_()
     wanted = [x, *layer.parameters()]
     y, reference = layer(x), looped(layer, x)
     assert y.shape == reference.shape
@@ -86,38 +102,50 @@ def test_every_geometry_equals_a_loop_over_the_samples_in_values_and_gradients(c
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(convolutions(), st.sampled_from([("softmax", "copies"), ("softmax", "zero-sum"), ("sigmoid", "zero-sum")]))
-def test_a_conversion_computes_what_the_convolution_did(case, how):
+@given(
+    convolutions(batches=(0, 1, 2, 3)),
+    layouts,
+    st.sampled_from(EXACT_STARTS),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([0.3, 1.0, 30.0]),
+)
+def test_a_conversion_computes_what_the_convolution_did_at_any_temperature(case, layout, how, k, tau):
     options, shape = case
     torch.manual_seed(0)
     static = nn.Conv2d(**options, dtype=torch.float64)
-    layer = DynamicConv2d.from_static(static, k=4, gate=how[0], start=how[1])
-    x = torch.randn(shape, dtype=torch.float64)
+    layer = DynamicConv2d.from_static(static, k=k, gate=how[0], start=how[1])
+    set_temperature(layer, tau)
+    x = layout(torch.randn(shape, dtype=torch.float64))
     torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
     layer = DynamicConv2d(2, 3, 2, k=2, dtype=torch.float64)
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*layer.named_parameters(), strict=True)
     assert torch.autograd.gradcheck(
-        lambda x, bank: torch.func.functional_call(layer, {"bank": bank}, x), (x, layer.bank)
+        lambda x, *values: torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x), (x, *values)
     )
 
 
 @pytest.mark.parametrize("tau", [1.0, 30.0, 0.3])
 def test_copies_preserve_the_function_at_any_temperature_and_attention(tau):
+    torch.manual_seed(0)
     static = nn.Conv2d(6, 8, 3).double()
     layer = DynamicConv2d.from_static(static, k=4)
-    nn.init.normal_(layer.gate.fc2.weight, std=5.0)
+    nn.init.normal_(layer.gate.fc2.weight, std=100.0)
     set_temperature(layer, tau)
     x = torch.randn(3, 6, 7, 7, dtype=torch.float64)
+    assert layer.gate(x.mean((2, 3))).std(dim=0).max() > 0.01
     torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(7, 7), (8, 11), (5, 6)])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_the_padding_of_tensorflow_is_kept(size, stride):
-    static = Conv2dSame(4, 6, 3, stride=stride, dilation=1 if stride > 1 else 2).double()
+@pytest.mark.parametrize(("kernel", "groups"), [(3, 1), ((5, 2), 4), (1, 1)])
+def test_the_padding_of_tensorflow_is_kept(size, stride, kernel, groups):
+    static = Conv2dSame(4, 8, kernel, stride=stride, dilation=1 if stride > 1 else 2, groups=groups).double()
     layer = DynamicConv2dSame.from_static(static, k=3)
     x = torch.randn(2, 4, *size, dtype=torch.float64)
     torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
@@ -131,9 +159,12 @@ def test_the_padding_of_tensorflow_is_kept(size, stride):
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 )
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_types_and_devices(dtype, tolerance, device, kernel):
+@pytest.mark.parametrize(("gate", "start"), EXACT_STARTS)
+def test_types_and_devices(dtype, tolerance, device, kernel, gate, start):
+    torch.manual_seed(0)
     static = nn.Conv2d(8, 8, kernel, groups=1 if kernel == 1 else 4).to(device, dtype)
-    layer = DynamicConv2d.from_static(static, k=4)
+    layer = DynamicConv2d.from_static(static, k=4, gate=gate, start=start)
+    assert {(t.dtype, t.device) for t in layer.state_dict().values()} == {(dtype, static.weight.device)}
     x = torch.randn(3, 8, 9, 9, device=device, dtype=dtype)
     y = layer(x)
     assert (y.dtype, y.device) == (dtype, x.device)
@@ -141,14 +172,18 @@ def test_types_and_devices(dtype, tolerance, device, kernel):
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_autocast_computes_in_bfloat16(kernel):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_autocast_computes_in_bfloat16_and_trains_in_float32(kernel, batch):
+    torch.manual_seed(0)
     static = nn.Conv2d(8, 8, kernel)
     layer = DynamicConv2d.from_static(static, k=4)
-    x = torch.randn(3, 8, 9, 9)
+    x = torch.randn(batch, 8, 9, 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), static(x), rtol=5e-2, atol=5e-2)
+    y.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -161,16 +196,9 @@ def test_an_empty_batch_gives_an_empty_batch(kernel, bias):
 
 
 def test_one_image_without_a_batch_dimension():
-    layer = DynamicConv2d(4, 6, 3)
+    layer = DynamicConv2d(4, 6, 3, padding=1, padding_mode="reflect")
     x = torch.randn(4, 9, 9)
     torch.testing.assert_close(layer(x), layer(x.unsqueeze(0))[0])
-
-
-def test_inputs_need_not_be_contiguous():
-    for kernel in (1, 3):
-        layer = DynamicConv2d(4, 6, kernel, k=3, dtype=torch.float64)
-        x = torch.randn(3, 10, 12, 8, dtype=torch.float64).permute(0, 3, 2, 1)[:, ::2, 1:, ::2]
-        torch.testing.assert_close(layer(x), looped(layer, x))
 
 
 def test_what_belongs_to_the_convolution_carries_over():
@@ -181,8 +209,19 @@ def test_what_belongs_to_the_convolution_carries_over():
     assert not layer.bank.requires_grad
     assert layer.bias_bank.requires_grad
     assert not any(p.requires_grad for p in layer.gate.parameters())
-    assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert DynamicConv2d.like(nn.Conv2d(4, 6, 3, device="meta"), k=4).bank.is_meta
+
+
+@pytest.mark.parametrize(
+    ("layer", "static"),
+    [(DynamicConv2d, nn.Conv2d(8, 4, 3)), (DynamicConv2dSame, Conv2dSame(8, 4, 3)), (DynamicLinear, nn.Linear(8, 4))],
+)
+def test_its_options_build_the_layer_again(layer, static):
+    first = layer.from_static(static, k=3, reduction=1, gate="sigmoid")
+    again = layer.like(static, **first.options())
+    again.load_state_dict(first.state_dict())
+    x = torch.randn(2, 8, 8, 8)
+    torch.testing.assert_close(again(x), first(x), rtol=0, atol=0)
 
 
 def test_channels_last_copying_and_state_keep_the_layer():
@@ -192,7 +231,9 @@ def test_channels_last_copying_and_state_keep_the_layer():
     y = model(x)
     twin = copy.deepcopy(model)
     twin.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(twin(x.contiguous(memory_format=torch.channels_last)), y)
+    torch.testing.assert_close(twin(channels_last(x)), y)
+    nn.init.zeros_(twin[1].bank)
+    torch.testing.assert_close(model(x), y, rtol=0, atol=0)
     fresh = nn.Sequential(nn.Conv2d(3, 4, 3), DynamicConv2d(4, 6, 3, k=4), DynamicConv2d(6, 6, 1, k=4))
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(fresh(x), y, rtol=0, atol=0)
@@ -202,7 +243,9 @@ def test_channels_last_copying_and_state_keep_the_layer():
 @pytest.mark.parametrize("batch", [1, 3])
 def test_compiled_without_a_graph_break_and_not_again_when_tau_changes(batch):
     torch._dynamo.reset()
-    model = nn.Sequential(DynamicConv2d(3, 4, 3, k=4), nn.ReLU(), DynamicConv2d(4, 6, 1, k=4))
+    model = nn.Sequential(
+        DynamicConv2dSame(3, 4, 3, stride=2), nn.ReLU(), DynamicConv2d(4, 6, 1), nn.Flatten(2), DynamicLinear(25, 5)
+    )
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(batch, 3, 9, 9)
     compiled(x)
@@ -227,6 +270,21 @@ def test_under_copies_the_attention_wakes_up_after_one_step_and_under_zero_sum_a
     torch.optim.SGD(layer.parameters(), lr=0.5).step()
     assert gradient(layer) > 1e-8
     assert gradient(DynamicConv2d.from_static(static, k=4, start="zero-sum")) > 1e-6
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_under_sgd_the_mixed_kernel_moves_k_times_slower_than_the_static_one(k):
+    torch.manual_seed(0)
+    static = nn.Conv2d(6, 8, 3).double()
+    layer = DynamicConv2d.from_static(static, k=k)
+    layer.gate.silence()  # pi = 1/K
+    x = torch.randn(4, 6, 7, 7, dtype=torch.float64)
+    before = static.weight.detach().clone()
+    for module in (static, layer):
+        module(x).square().mean().backward()
+        torch.optim.SGD(module.parameters(), lr=0.1).step()
+    step, mixed_step = static.weight - before, layer.bank.mean(0).view_as(before) - before
+    torch.testing.assert_close(mixed_step, step / k)
 
 
 def test_the_geometry_of_nn_conv2d_is_checked_as_there():

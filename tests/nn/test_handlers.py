@@ -4,7 +4,7 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from dysurgery.nn import DynamicConv2d, refusal
+from dysurgery.nn import HANDLERS, DynamicConv2d, refusal
 
 
 class Flipped(nn.Conv2d):
@@ -12,27 +12,47 @@ class Flipped(nn.Conv2d):
         return super().forward(x.flip(-1))
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(3, 4, 3), Conv2dSame(3, 4, 3), nn.Linear(3, 4)])
-def test_what_has_a_counterpart_is_not_refused(module):
-    assert refusal(module) is None
+def wrapped(module):
+    """As offloading libraries do it: a new forward on the instance, around the old one."""
+    inner = module.forward
+    module.forward = lambda x: inner(2 * x)
+    return module
+
+
+def conv():
+    return nn.Conv2d(3, 4, 3)
 
 
 @pytest.mark.parametrize(
-    ("module", "words"),
-    [
-        (weight_norm(nn.Conv2d(3, 4, 3)), "computed before each call"),
-        (spectral_norm(nn.Conv2d(3, 4, 3)), "computed before each call"),
-        (prune.random_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5), "computed before each call"),
-        (parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "parametrized"),
-        (Flipped(3, 4, 3), "no handler for"),
-        (StdConv2d(3, 4, 3), "no handler for"),
-        (ScaledStdConv2d(3, 4, 3), "no handler for"),
-        (DynamicConv2d(3, 4, 3), "no handler for"),
-        (nn.Conv1d(3, 4, 3), "no handler for torch.nn.modules.conv.Conv1d"),
-        (nn.ConvTranspose2d(3, 4, 3), "no handler for torch.nn.modules.conv.ConvTranspose2d"),
-        (nn.LazyConv2d(4, 3), "LazyConv2d"),
-        (nn.Conv2d(3, 4, 3, dtype=torch.complex64), "complex64"),
-    ],
+    "module", [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4, bias=False), Conv2dSame(4, 4, 3), nn.Linear(4, 4)]
 )
-def test_what_computes_otherwise_is_refused_with_its_reason(module, words):
-    assert words in refusal(module)
+def test_what_has_a_counterpart_is_not_refused(module):
+    assert refusal(module) is None
+    assert refusal(module.requires_grad_(False).half()) is None
+    assert HANDLERS[type(module)].from_static(module, k=2).replaces is type(module)
+
+
+COMPUTES_OTHERWISE = {
+    "weight_norm": (lambda: weight_norm(conv()), "computed before each call"),
+    "spectral_norm": (lambda: spectral_norm(conv()), "computed before each call"),
+    "pruned weight": (lambda: prune.random_unstructured(conv(), "weight", 0.5), "computed before each call"),
+    "pruned bias": (lambda: prune.random_unstructured(conv(), "bias", 0.5), "computed before each call"),
+    "parametrized weight_norm": (lambda: parametrizations.weight_norm(conv()), "parametrized"),
+    "parametrized spectral_norm": (lambda: parametrizations.spectral_norm(conv()), "parametrized"),
+    "forward of its own": (lambda: wrapped(conv()), "its forward was replaced on the instance"),
+    "subclass": (lambda: Flipped(3, 4, 3), "Flipped"),
+    "StdConv2d": (lambda: StdConv2d(3, 4, 3), "no handler for timm"),
+    "ScaledStdConv2d": (lambda: ScaledStdConv2d(3, 4, 3), "no handler for timm"),
+    "dynamic already": (lambda: DynamicConv2d(3, 4, 3), "no handler for dysurgery"),
+    "Conv1d": (lambda: nn.Conv1d(3, 4, 3), "no handler for torch.nn.modules.conv.Conv1d"),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(3, 4, 3), "no handler for torch.nn.modules.conv.ConvTranspose2d"),
+    "LazyConv2d": (lambda: nn.LazyConv2d(4, 3), "LazyConv2d"),
+    "complex": (lambda: nn.Conv2d(3, 4, 3, dtype=torch.complex64), "complex64"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("case", COMPUTES_OTHERWISE)
+def test_what_computes_otherwise_is_refused_with_its_reason(case):
+    make, words = COMPUTES_OTHERWISE[case]
+    assert words in refusal(make())
