@@ -15,7 +15,7 @@ from dysurgery.rewrite import carry_out
 
 
 @click.command()
-@model_options
+@model_options()
 @plan_options
 @click.option("--weights", metavar="pretrained|random|FILE", help="Default: pretrained, or what the factory returns.")
 @click.option("--plan", "plan_file", metavar="FILE", help="An edited plan, from dysurgery plan --json FILE.")

@@ -12,7 +12,7 @@ from dysurgery.cost import cost as count_cost
 
 
 @click.command()
-@model_options
+@model_options()
 @click.argument("other", metavar="[OTHER]", required=False)
 @output_options
 def cost(model: str, other: str | None, json_file: str | None, quiet: bool, **options: Any) -> None:

@@ -38,19 +38,23 @@ class KeyValue(click.ParamType[tuple[str, Any]]):
             return key, text
 
 
-def model_options(command: Command) -> Command:
+def model_options(required: bool = True) -> Callable[[Command], Command]:
     """Add MODEL, --model-arg and --input-size."""
-    command = click.option(
-        "--input-size", type=int, nargs=3, metavar="C H W", help="Image size; by default the model's own."
-    )(command)
-    command = click.option(
-        "--model-arg",
-        "model_args",
-        multiple=True,
-        type=KeyValue(),
-        help="Argument of the model's factory, e.g. pad_type=same. May be repeated.",
-    )(command)
-    return click.argument("model", metavar="MODEL")(command)
+
+    def add(command: Command) -> Command:
+        command = click.option(
+            "--input-size", type=int, nargs=3, metavar="C H W", help="Image size; by default the model's own."
+        )(command)
+        command = click.option(
+            "--model-arg",
+            "model_args",
+            multiple=True,
+            type=KeyValue(),
+            help="Argument of the model's factory, e.g. pad_type=same. May be repeated.",
+        )(command)
+        return click.argument("model", metavar="MODEL" if required else "[MODEL]", required=required)(command)
+
+    return add
 
 
 def plan_options(command: Command) -> Command:

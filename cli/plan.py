@@ -17,7 +17,7 @@ from dysurgery.planfile import to_json
 
 
 @click.command()
-@model_options
+@model_options()
 @plan_options
 @output_options
 def plan(model: str, json_file: str | None, quiet: bool, **options: Any) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.plan import Plan, PlannedSite
 from dysurgery.trace import ConvSite
-from dysurgery.train import Outcome
+from dysurgery.train import Outcome, Recipe
 
 # Wide enough for the longest paths: a pipe has no width of its own, and nothing may be cut there.
 _PIPE_WIDTH = 200
@@ -148,36 +148,60 @@ def cost_table(out: Console, name: str, report: CostReport) -> None:
 
 def outcome_table(out: Console, name: str, outcome: Outcome) -> None:
     """Print the accuracy before, of the control and of the dynamic network, with what each costs."""
+    many = len(outcome.seeds) > 1
     table = _table(
-        "network",
-        "accuracy",
-        "change",
-        "params",
-        "Mult-Adds",
-        "training",
-        text=("network",),
-        plain=not out.is_terminal,
-        title=name,
-    )
+        "network", "accuracy", "change", "params", "Mult-Adds", "latency", "training",
+        text=("network",), plain=not out.is_terminal, title=name,
+    )  # fmt: skip
     static, dynamic = outcome.costs
     rows = (
-        ("static, before", outcome.before, static, None),
-        ("dynamic, converted", outcome.converted, dynamic, None),
-        ("control: static, trained on", outcome.control, static, outcome.seconds[0]),
-        ("dynamic, trained on", outcome.dynamic, dynamic, outcome.seconds[1]),
+        ("static, before", "before", static or dynamic, "static", None),
+        ("dynamic, converted", "converted", dynamic, "dynamic", None),
+        ("control: static, trained on", "control", static, "static", "control"),
+        ("dynamic, trained on", "dynamic", dynamic, "dynamic", "dynamic"),
     )
-    for label, accuracy, report, seconds in rows:
+    before = outcome.mean("before")
+    for label, key, report, form, phase in rows:
+        accuracy = outcome.mean(key)
+        if accuracy is None or report is None or before is None:
+            continue
+        latency = outcome.latency.get(form)
+        seconds = [seed.seconds[phase] for seed in outcome.seeds] if phase else []
         table.add_row(
-            label,
-            f"{accuracy:.2f} %",
-            f"{accuracy - outcome.before:+.2f}",
+            label if outcome.costs[0] is not None or key != "before" else "dynamic, before",
+            f"{accuracy:.2f} %" + (f" ± {outcome.spread(key):.2f}" if many else ""),
+            f"{accuracy - before:+.2f}",
             count(report.params),
             count(report.mult_adds.total),
-            "" if seconds is None else f"{seconds:.1f} s",
+            "" if latency is None else f"{latency:.2f} ms",
+            f"{sum(seconds) / len(seconds):.1f} s" if seconds else "",
         )
     out.print(table)
-    out.print(
-        f"dynamic against control: {outcome.difference:+.2f} points "
-        f"(one seed, {outcome.val_images} validation images: one image is {100 / outcome.val_images:.2f} points)"
-    )
-    basis(out, static.input_shape)
+    difference, image = outcome.mean("difference"), 100 / outcome.val_images
+    basis_of_it = f"{outcome.val_images} validation images: one image is {image:.2f} points"
+    if difference is None:
+        out.print(f"no control ({basis_of_it})")
+    elif many:
+        each = ", ".join(f"{value:+.2f}" for value in outcome.values("difference"))
+        out.print(
+            f"dynamic against control: {difference:+.2f} points, standard deviation {outcome.spread('difference'):.2f} "
+            f"over {len(outcome.seeds)} seeds ({each}; {basis_of_it})"
+        )
+    else:
+        out.print(f"dynamic against control: {difference:+.2f} points (one seed, {basis_of_it})")
+    for note in outcome.notes:
+        out.print(Text(f"note: {note}", style="dim"))
+    out.print("latency: median for one image on this machine, both in turns; ± is the standard deviation over seeds")
+    basis(out, dynamic.input_shape)
+
+
+def recipes_table(out: Console, recipes: Sequence[Recipe]) -> None:
+    """Print the recipes, a line each."""
+    table = _table(
+        "recipe", "model", "data", "epochs", "description",
+        text=("recipe", "model", "data", "description"), plain=not out.is_terminal,
+    )  # fmt: skip
+    for recipe in recipes:
+        epochs = str(recipe.finetune.epochs)
+        table.add_row(recipe.name, recipe.model or "any", recipe.data or "any", epochs, recipe.description)
+    out.print(table)

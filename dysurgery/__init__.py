@@ -6,6 +6,7 @@ costs now), :mod:`train` (fine-tuning), :mod:`checkpoint` (to disk and back). Th
 """
 
 from dysurgery._version import __version__
+from dysurgery.calibrate import calibrate
 from dysurgery.checkpoint import load, save
 from dysurgery.cost import cost
 from dysurgery.errors import DysurgeryError, UsageError
@@ -20,6 +21,7 @@ __all__ = [
     "TemperatureSchedule",
     "UsageError",
     "__version__",
+    "calibrate",
     "convert",
     "cost",
     "load",

@@ -23,6 +23,7 @@ from torch import fx, nn
 from dysurgery import models
 from dysurgery._version import __version__
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
+from dysurgery.files import sync
 from dysurgery.nn import HANDLERS, DynamicLayer, temperature
 from dysurgery.rewrite import graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
@@ -122,11 +123,11 @@ def save(
             new.mkdir()
             safetensors.torch.save_model(model, str(new / WEIGHTS))
             (new / CONFIG).write_text(text + "\n", encoding="utf-8")
-            _sync(new / WEIGHTS, new / CONFIG, new)
+            sync(new / WEIGHTS, new / CONFIG, new)
             if target.exists():
                 target.rename(Path(scratch) / "old")
             new.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise DysurgeryError(f"cannot write {target}: {error}") from error
     return target
@@ -149,15 +150,6 @@ def check_target(folder: str | os.PathLike[str], *, force: bool) -> Path:
     if not force:
         raise DysurgeryError(f"{target} exists already: choose another folder, or replace it with --force (force=True)")
     return target
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def read_config(folder: str | os.PathLike[str]) -> Config:
@@ -207,7 +199,6 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         UsageError: if the folder does not know its source and no model is passed.
     """
     config = read_config(folder)
-    weights = Path(folder) / WEIGHTS
     with torch.random.fork_rng(devices=[]):
         if model is None:
             if config.source is None:
@@ -216,6 +207,17 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
                 )
             model = models.rebuild(config.source)
         model = _with_layers(model, config, folder)
+    load_into(model, folder)
+    return model.eval()
+
+
+def load_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load the tensors saved in ``folder`` into ``model``, in the types they were saved in.
+
+    Raises:
+        DysurgeryError: if they do not fit.
+    """
+    weights = Path(folder) / WEIGHTS
     try:
         with safetensors.safe_open(str(weights), framework="pt") as tensors:
             dtypes = {name: tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
@@ -226,7 +228,6 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         raise DysurgeryError(f"{folder} is incomplete: it has no {WEIGHTS}") from error
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise DysurgeryError(f"{weights} does not fit the model of {CONFIG}: {error}") from error
-    return model.eval()
 
 
 def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str]) -> nn.Module:
@@ -272,7 +273,4 @@ def open_model(
         raise UsageError(f"{spec} is a saved folder, which has its own weights and arguments")
     config = read_config(folder)
     size = input_size or config.input_size or (3, 224, 224)
-    source = config.source
-    model = load(folder)
-    assert source is not None  # load has refused a folder without one
-    return models.BuiltModel(model, source, folder.resolve().name, size, config.preprocessing)
+    return models.BuiltModel(load(folder), config.source, folder.resolve().name, size, config.preprocessing)

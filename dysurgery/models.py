@@ -24,6 +24,7 @@ import torchvision
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+import dysurgery.networks  # noqa: F401 registers its networks with timm
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean, sentence
 from dysurgery.source import Source, file_exists, plain
 from dysurgery.userfile import run_file, unknown_argument
@@ -44,7 +45,7 @@ class BuiltModel:
 
     Attributes:
         model: in eval mode, on the CPU unless its factory says otherwise.
-        source: how to build its architecture again.
+        source: how to build its architecture again; None if nobody knows.
         label: a short name for folders and tables.
         input_size: (C, H, W) of an image.
         preprocessing: input_size, mean, std, interpolation, crop_pct and crop_mode, as timm understands them; where
@@ -52,7 +53,7 @@ class BuiltModel:
     """
 
     model: nn.Module
-    source: Source
+    source: Source | None
     label: str
     input_size: Size
     preprocessing: dict[str, Any]
@@ -270,14 +271,24 @@ def _build_torchvision(name: str, args: dict[str, Any], size: Size | None, pretr
 
 def _build_file(name: str, args: dict[str, Any], size: Size | None, pretrained: bool) -> tuple[BuiltModel, str]:
     model = run_file(name, args)
+    size, preprocessing = preprocessing_of(model, size)
+    return BuiltModel(model, Source("file", name, args), name.rpartition(":")[2], size, preprocessing), ""
+
+
+def preprocessing_of(model: nn.Module, size: Size | None = None) -> tuple[Size, dict[str, Any]]:
+    """Return the input size and preprocessing that ``model`` itself names, completed as timm does.
+
+    Args:
+        model: any network; ``pretrained_cfg``, ``default_cfg`` and ``input_size`` are looked at.
+        size: (C, H, W), if known; else the model's own, else 3 x 224 x 224.
+    """
     cfg = next((c for c in (getattr(model, k, None) for k in ("pretrained_cfg", "default_cfg")) if c), None)
     cfg = cfg if isinstance(cfg, Mapping) else {}
     for own in (getattr(model, "input_size", None), cfg.get("input_size")):
         if size is None and isinstance(own, tuple | list) and len(own) == 3 and all(type(n) is int for n in own):
             size = (own[0], own[1], own[2])
     size = size or (3, 224, 224)
-    label = name.rpartition(":")[2]
-    return BuiltModel(model, Source("file", name, args), label, size, _preprocessing(cfg, size)), ""
+    return size, _preprocessing(cfg, size)
 
 
 _BUILDERS: dict[str, Callable[[str, dict[str, Any], Size | None, bool], tuple[BuiltModel, str]]] = {

@@ -1,0 +1,61 @@
+"""Is the attention alive: the entropy of pi and its spread over images, of every gate."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dysurgery.example import undisturbed
+from dysurgery.nn import DynamicLayer
+
+
+@dataclass(frozen=True)
+class AttentionStatistics:
+    """How the weights pi of one layer vary.
+
+    Attributes:
+        path: of the layer.
+        entropy: mean over images of the entropy of pi, divided by log K: 1 is uniform, 0 is one kernel alone.
+        spread: standard deviation of pi over images, averaged over the K kernels: 0 is a dead attention.
+    """
+
+    path: str
+    entropy: float
+    spread: float
+
+
+def attention_statistics(model: nn.Module, batches: Iterable[Tensor]) -> tuple[AttentionStatistics, ...]:
+    """Run ``batches`` (B, C, H, W) through ``model`` and return how each gate with K > 1 that they reach behaves.
+
+    The weights of a sigmoid gate are divided by their sum for the entropy.
+    """
+    layers = {p: m for p, m in model.named_modules() if isinstance(m, DynamicLayer) and m.k > 1}
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    for path, layer in layers.items():
+
+        def collect(gate: nn.Module, args: tuple[Tensor, ...], pi: Tensor, path: str = path) -> None:
+            seen.setdefault(path, []).append(pi.detach().reshape(-1, pi.shape[-1]).double().cpu())
+
+        hooks.append(layer.gate.register_forward_hook(collect))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with undisturbed(model):
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    found = []
+    for path, layer in layers.items():
+        if path in seen:
+            pi = torch.cat(seen[path])
+            share = pi / pi.sum(dim=1, keepdim=True)
+            entropy = -(torch.xlogy(share, share)).sum(dim=1).mean() / math.log(layer.k)
+            found.append(AttentionStatistics(path, float(entropy), float(pi.std(dim=0, correction=0).mean())))
+    return tuple(found)
