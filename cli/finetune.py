@@ -99,6 +99,8 @@ def finetune_command(
     if data is None and recipe.data is None:
         raise UsageError(f"say which data to fine-tune on: --data FOLDER (the recipe {recipe.name} names none)")
     seeds = seeds or (recipe.seed,)
+    if not Path(model or "").is_dir():
+        options["model_args"] = {**recipe.model_args, **dict(options["model_args"])}
     built = _open(model or str(recipe.model), weights, options, recipe, seeds[0], quiet)
     origin = {
         "model": model or recipe.model,

@@ -49,7 +49,7 @@ def calibrate(
     """Give every attention logit mean 0 and standard deviation ``std`` over ``images``, in place.
 
     The output of the model does not change, which is why the kernels of every layer must still be equal (the start
-    ``copies``, before training). Layers that the images do not reach, and those with K = 1, are left alone.
+    ``copies``, before training). Layers that the images do not reach are left alone.
 
     Args:
         model: a freshly converted network; its mode, buffers and the random state stay as they are.
@@ -74,7 +74,7 @@ def calibrate(
     pooled = _pooled(model, layers, [images] if isinstance(images, Tensor) else images)
     done = []
     for path, layer in layers.items():
-        if layer.k > 1 and path in pooled:
+        if path in pooled:
             done.append(_set(path, layer.gate, pooled[path], std))
     return tuple(done)
 

@@ -197,8 +197,9 @@ def _opened(model: nn.Module | BuiltModel | str, recipe: Recipe, seed: int) -> B
     if isinstance(model, str):
         weights = "random" if recipe.pretrain is not None else None
         if weights and not Path(model).is_dir():
-            return build(model, weights=weights, seed=seed)
-        return checkpoint.open_model(model, seed=seed)
+            return build(model, weights=weights, model_args=recipe.model_args, seed=seed)
+        args = None if Path(model).is_dir() else recipe.model_args
+        return checkpoint.open_model(model, model_args=args, seed=seed)
     size, preprocessing = preprocessing_of(model)
     return BuiltModel(model, describe(model), type(model).__name__, size, preprocessing)
 
@@ -283,6 +284,12 @@ class _Experiment:
         if self.new_head and self.recipe.distill is not None:
             raise UsageError(
                 f"the original network knows {outputs} classes and the data has {self.classes}, so it cannot teach them"
+            )
+        tau = self.recipe.temperature(self.recipe.finetune.epochs)
+        if tau != self.recipe.temperature.end:
+            self.notes.append(
+                f"training ends at tau = {tau:.3g}: the warmup of {self.recipe.temperature.warmup:g} epochs is longer "
+                f"than its {self.recipe.finetune.epochs} epochs (temperature.warmup)"
             )
         if self.new_head:
             self.notes.append(f"a fresh head for {self.classes} classes in place of {outputs}: before is by chance")

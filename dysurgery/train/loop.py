@@ -221,14 +221,11 @@ class _Run:
         common = {"criterion_kwargs": loss, "device": processes.device, "verbose": False}
         if job.distill is not None and job.teacher is not None:
             teacher = job.teacher.to(processes.device).to(memory_format=self.layout).requires_grad_(False)
+            network: Any
             for network in (self.model, teacher):  # timm's task reads these off its own models
-                if not isinstance(getattr(network, "pretrained_cfg", None), dict):
-                    network.pretrained_cfg = {}
-                network.pretrained_cfg = {
-                    **network.pretrained_cfg,
-                    "mean": tuple(job.preprocessing["mean"]),
-                    "std": tuple(job.preprocessing["std"]),
-                }
+                cfg = getattr(network, "pretrained_cfg", None)
+                mean, std = tuple(job.preprocessing["mean"]), tuple(job.preprocessing["std"])
+                network.pretrained_cfg = {**(cfg if isinstance(cfg, dict) else {}), "mean": mean, "std": std}
                 network.num_classes, network.in_chans = self.classes, job.preprocessing["input_size"][0]
             task = LogitDistillationTask(
                 self.model,

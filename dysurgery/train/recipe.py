@@ -228,6 +228,7 @@ class Recipe:
         name: for tables.
         description: one line.
         model: what is fine-tuned if the caller does not say.
+        model_args: arguments of its factory; those that the caller gives go before.
         data: what to train on if the caller does not say, see :mod:`dysurgery.train.data`.
         data_dir: root folder of ``torch/...`` and other named data sets.
         train_split, val_split: names of their splits.
@@ -247,6 +248,7 @@ class Recipe:
     name: str
     description: str = ""
     model: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
     data_dir: str | None = None
     train_split: str = "train"
@@ -358,6 +360,10 @@ def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise UsageError(f"[{key}] is a section, got {value!r}")
         return _build(kind, value, key)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            raise UsageError(f"[{key}] is a section, got {value!r}")
+        return dict(value)
     if kind is float and type(value) is int:
         return float(value)
     if typing.get_origin(kind) is tuple:

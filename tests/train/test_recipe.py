@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
 from dysurgery import UsageError
 from dysurgery.errors import DysurgeryError
 from dysurgery.train import load_recipe, recipe_names
+from dysurgery.train.recipe import recipe_from
 
 
 def test_every_installed_recipe_is_valid():
@@ -41,7 +44,16 @@ def test_a_recipe_is_also_a_file(tmp_path):
         ("[finetune]\nepochs = 0", ["at least 1"]),
         ("[finetune]\nlr = nan", ["lr"]),
         ("finetune = 3", ["section"]),
-        ("data = 'imagenet'", ["imagenet", "digits"]),
+        ("data = 3", ["data", "str"]),
+        ("[augment]\ncrop = 'rcc'", ["rcc", "did you mean 'rrc'", "[augment]"]),
+        ("[augment]\nhflip = 2", ["hflip", "probability"]),
+        ("[augment]\nscale = [0.1]", ["scale", "pair"]),
+        ("[finetune]\nmilestones = ['a']", ["milestones", "list of numbers"]),
+        ("[finetune]\nsched = 'plateau'", ["sched_on = 'epoch'"]),
+        ("[finetune]\nwarmup_epochs = 20", ["warmup_epochs is below epochs"]),
+        ("[distill]\nlabel = false", ["did you mean 'labels'"]),
+        ("[surgery]\nstart = 'copy'", ["did you mean 'copies'"]),
+        ("[pretrain]\namp = 'fp32'", ["amp", "bf16"]),
         ("[temperature]\nshape = 'square'", ["square", "linear"]),
         ("[finetune", ["TOML"]),
     ],
@@ -60,3 +72,23 @@ def test_an_unknown_recipe_is_an_error_with_near_names():
         load_recipe("digit")
     with pytest.raises(DysurgeryError, match="nowhere"):
         load_recipe("nowhere.toml")
+
+
+def test_a_recipe_comes_back_from_its_plain_values():
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        values = json.loads(json.dumps(recipe.to_json()))
+        values.pop("name")
+        assert recipe_from(values, name) == recipe
+
+
+def test_sections_may_be_absent():
+    recipe = load_recipe("folder")
+    assert recipe.pretrain is None
+    assert recipe.distill is None
+    assert load_recipe("folder", {"distill.weight": 2}).distill.weight == 2.0
+
+
+def test_tau_moves_per_step_or_per_epoch():
+    assert load_recipe("digits").temperature.per == "step"
+    assert load_recipe("digits", {"temperature.per": "epoch"}).temperature.per == "epoch"
