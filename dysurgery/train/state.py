@@ -5,7 +5,6 @@ them; what is left are the tensors of model, optimizer and moving average, and t
 ``weights_only=True``: nothing is unpickled.
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,16 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """Return the last state in ``folder``, its tensors on the CPU; None if there is none.
 
     Raises:
-        DysurgeryError: if it is damaged.
+        DysurgeryError: if it cannot be read, or is damaged.
     """
     path = folder / STATE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise DysurgeryError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever the reader makes of damaged bytes
         raise DysurgeryError(f"{path} is damaged: remove it to begin this part of the run again") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DysurgeryError(f"{path} is no state of format {FORMAT}: it was written by another version")

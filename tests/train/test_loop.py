@@ -196,7 +196,9 @@ def test_without_labels_they_play_no_part(job):
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_lr_and_tau(job, tmp_path):
     run = job(dynamic(), lr=1e30, temperature=Temperature(30, 1, 3), folder=tmp_path / "state", save_seconds=0)
-    with pytest.raises(DysurgeryError, match=r"not finite at step \d+ \(epoch \d, lr [\d.]+e\+\d+, tau \d+.*last good state"):
+    with pytest.raises(
+        DysurgeryError, match=r"not finite at step \d+ \(epoch \d, lr [\d.]+e\+\d+, tau \d+.*last good state"
+    ):
         train(run)
     state = torch.load(tmp_path / "state" / "state.pt", weights_only=True)
     assert all(torch.isfinite(t).all() for t in state["model"].values())
