@@ -55,3 +55,21 @@ def net(**options):
 
 def image_data(train=48, val=20):
     return Data("colours", Images(train, 0), Images(val, 1), ("red", "green", "blue"))
+
+
+def write_images(folder, count, seed=0, size=20):
+    """Write ``count`` images of noise, brighter in the colour channel ``seed``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        pixels = rng.integers(0, 155, (size, size, 3), dtype=np.uint8)
+        pixels[:, :, seed % 3] += 100
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+
+
+def write_pets(folder, train=6, val=4):
+    """Write a folder of images of two classes, with ``train`` and ``val`` images of each."""
+    for part, count in (("train", train), ("val", val)):
+        for seed, name in enumerate(("cat", "dog")):
+            write_images(folder / part / name, count, seed + 3 * (part == "val"))
+    return folder

@@ -226,8 +226,9 @@ def _folder(
         if changed:
             raise UsageError(f"the run in {folder} is another one: {'; '.join(changed[:6])}")
     else:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(p for p in folder.iterdir() if p.name[0] != ".")):
             raise UsageError(f"{folder} is in the way: it exists and is no empty folder")
+        processes.barrier()  # all have looked before one writes
         if processes.first:
             write_text(known, json.dumps(description, indent=2) + "\n")
     processes.barrier()

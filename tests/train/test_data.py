@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from tiny import write_images, write_pets
 
 from dysurgery import DysurgeryError, UsageError
 from dysurgery.train.data import Batches, Drawn, open_data, train_loader, train_transform, val_loader
@@ -18,19 +18,9 @@ PREPROCESSING = {
 CPU = torch.device("cpu")
 
 
-def write_images(folder, count, seed=0, size=20):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    for index in range(count):
-        Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-
-
 @pytest.fixture
 def folder(tmp_path):
-    for part, count in (("train", 6), ("val", 4)):
-        for seed, name in enumerate(("cat", "dog")):
-            write_images(tmp_path / "pets" / part / name, count, seed)
-    return tmp_path / "pets"
+    return write_pets(tmp_path / "pets")
 
 
 def test_a_folder_of_classes(folder):
