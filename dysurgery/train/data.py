@@ -26,6 +26,7 @@ from torchvision import transforms
 
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean, sentence
 from dysurgery.train.recipe import Augment, Recipe
+from dysurgery.train.shards import Shards
 
 _TRAIN, _VAL = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation")
 _PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -165,13 +166,20 @@ def _named(name: str, recipe: Recipe) -> Data:
         try:
             # timm asserts on a name that it does not know.
             data = create_dataset(
-                name, root=recipe.data_dir, split=split, is_training=training, download=recipe.download
+                name,
+                root=recipe.data_dir,
+                split=split,
+                is_training=training and not name.startswith("wds/"),  # which would ask for a number of samples
+                download=recipe.download,
             )
         except Exception as error:
             raise DysurgeryError(
                 f"{name} cannot be opened (split {split!r}, data_dir {recipe.data_dir!r}): {sentence(error)}; "
                 "see --set data_dir=FOLDER, --set download=True, --set train_split=NAME, --set val_split=NAME"
             ) from error
+        if name.startswith("wds/"):
+            reader = data.reader
+            data = Shards(reader.root, reader.split_info.filenames, reader.input_key.split(";"))
         if isinstance(data, IterableDataset):
             raise UsageError(
                 f"{name} is a stream, in which no run can be resumed exactly: unpack it into a folder of classes, or "

@@ -1,4 +1,7 @@
+import io
 import os
+import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -72,7 +75,66 @@ def test_images_without_classes_are_refused_unless_no_labels_are_wanted(folder):
     assert len(open_data(str(folder / "flat"), Recipe("x", distill=Distill(labels=False))).train) == 3
 
 
-@pytest.mark.parametrize("name", ["nowhere", "digit", "torch/nothing", "hfds/no/such/thing"])
+def test_a_data_set_of_torchvision_by_its_name(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 6), ("t10k", 4)):
+        pixels, classes = np.arange(count * 784, dtype=np.uint32) % 251, np.arange(count, dtype=np.uint8) % 10
+        images = struct.pack(">iiii", 0x803, count, 28, 28) + pixels.astype(np.uint8).tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, count) + classes.tobytes())
+    data = open_data("torch/mnist", Recipe("x", data_dir=str(tmp_path), val_part="even"))
+    assert (len(data.train), len(data.val)) == (6, 2)
+    assert data.classes[3] == "3 - three"
+    image, target = data.train[5]
+    assert (image.size, target) == ((28, 28), 5)
+
+
+@pytest.fixture
+def shards(folder):
+    """The images of ``folder`` as WebDataset shards of five images."""
+    for part in ("train", "val"):
+        paths = sorted((folder / part).glob("*/*.png"))
+        for number in range(0, len(paths), 5):
+            with tarfile.open(folder / f"{part}-{number // 5}.tar", "w") as tar:
+                for index, path in enumerate(paths[number : number + 5], number):
+                    tar.add(path, f"deep/{index}.png")
+                    label = str(int(path.parent.name == "dog")).encode()
+                    entry = tarfile.TarInfo(f"deep/{index}.cls")
+                    entry.size = len(label)
+                    tar.addfile(entry, io.BytesIO(label))
+    return folder
+
+
+def of_shards(folder, train="train-{0..2}.tar"):
+    recipe = Recipe("x", data_dir=str(folder), train_split=train, val_split="val-{0..1}.tar")
+    return open_data("wds/pets", recipe)
+
+
+def test_webdataset_shards_are_read_by_number(shards):
+    data, plain = of_shards(shards), open_data(str(shards), Recipe("x"))
+    for found, expected in ((data.train, plain.train), (data.val, plain.val)):
+        assert len(found) == len(expected)
+        for index in range(len(found)):
+            assert found[index][1] == expected[index][1]
+            assert np.array_equal(np.asarray(found[index][0]), np.asarray(expected[index][0]))
+
+
+def test_a_broken_shard_is_named(shards):
+    with pytest.raises(DysurgeryError, match=r"train-3\.tar cannot be read: No such file"):
+        of_shards(shards, "train-{0..3}.tar")
+    with pytest.raises(UsageError, match="on the network"):
+        open_data("wds/x", Recipe("x", data_dir="http://localhost/x", train_split="a.tar", val_split="a.tar"))
+    (shards / "train-1.tar").write_bytes(b"half a tar")
+    with pytest.raises(DysurgeryError, match=r"train-1\.tar cannot be read"):
+        of_shards(shards)
+    with tarfile.open(shards / "train-1.tar", "w") as tar:
+        tar.add(shards / "train" / "cat" / "0.png", "0.png")
+    with pytest.raises(DysurgeryError, match="0 has no class"):
+        of_shards(shards)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "digit", "torch/nothing", "hfds/no/such/thing", "wds/nothing"])
 def test_unknown_data_is_one_sentence(name, offline):
     with pytest.raises(DysurgeryError) as caught:
         open_data(name, Recipe("x", data_dir="/nonexistent"))
