@@ -22,7 +22,7 @@ from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.example import undisturbed
 from dysurgery.nn import DynamicLayer, Gate
 
-DEFAULT_STD = 1.5
+DEFAULT_STD = 0.5
 
 # A feature that varies less than this over images, relative to the others or to its own size, is as good as constant.
 _QUIET, _CONSTANT = 0.1, 1e-5

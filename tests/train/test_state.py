@@ -110,7 +110,7 @@ if where == "write":
         return whole(descriptor)
     files.os.fsync = half
 recipe = load_recipe("digits", {"pretrain.epochs": 1, "finetune.epochs": 3, "temperature.warmup": 2,
-                                "finetune.ema_decay": 0.9, "augment.crop": "pad"})
+                                "finetune.ema_decay": 0.9, "augment.crop": "pad", "train_images": 320})
 finetune(recipe=recipe, out=out, resume=os.path.exists(out + "/run.json"), save_seconds=0, observer=Kill())
 """
 
@@ -134,7 +134,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("where", "at"),
-    [("step", 7), ("step", 25), ("write", 4), ("write", 75)],
+    [("step", 3), ("step", 8), ("write", 4), ("write", 40)],
     ids=["in the warmup and an epoch", "in the second epoch", "writing the first state", "writing a later state"],
 )
 def test_a_run_killed_by_sigkill_ends_bit_for_bit_as_one_that_was_not(tmp_path, undisturbed, where, at):
