@@ -86,7 +86,7 @@ def finetune_command(
         if name is None and not overrides:
             kept = known["run"]["recipe"]
             recipe = recipe_from({k: v for k, v in kept.items() if k != "name"}, kept["name"])
-        data = known["run"]["data"] if data is None else data
+        data = origin.get("data") if data is None else data
         seeds = seeds or tuple(known["run"]["seeds"])
         control = known["run"]["control"] if control is None else control
         if model is None:
@@ -103,8 +103,9 @@ def finetune_command(
         options["model_args"] = {**recipe.model_args, **dict(options["model_args"])}
     built = _open(model or str(recipe.model), weights, options, recipe, seeds[0], quiet)
     origin = {
-        "model": model or recipe.model,
-        "weights": weights,
+        "model": _absolute(model or recipe.model),
+        "weights": _absolute(weights),
+        "data": _absolute(data or recipe.data),
         "model_args": dict(options["model_args"]),
         "input_size": options["input_size"],
     }
@@ -155,6 +156,14 @@ def _open(
             input_size=options["input_size"],
             seed=seed,
         )
+
+
+def _absolute(given: str | None) -> str | None:
+    """Return the name of a file or folder so that it is found from anywhere; any other name as it is."""
+    path, colon, factory = (given or "").rpartition(":")
+    if path.endswith(".py"):
+        return f"{os.path.abspath(path)}{colon}{factory}"
+    return os.path.abspath(given) if given and os.path.exists(given) else given
 
 
 def _how_to_go_on(out: str | None) -> str:

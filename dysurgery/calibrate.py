@@ -11,18 +11,19 @@ logits of mean 0 and the chosen standard deviation.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.example import undisturbed
 from dysurgery.nn import DynamicLayer, Gate
 
 DEFAULT_STD = 0.5
+DEFAULT_BY = "random"
 
 # A feature that varies less than this over images, relative to the others or to its own size, is as good as constant.
 _QUIET, _CONSTANT = 0.1, 1e-5
@@ -44,7 +45,7 @@ class Calibrated:
 
 
 def calibrate(
-    model: nn.Module, images: Tensor | Iterable[Tensor], *, std: float = DEFAULT_STD
+    model: nn.Module, images: Tensor | Iterable[Tensor], *, std: float = DEFAULT_STD, by: str = DEFAULT_BY
 ) -> tuple[Calibrated, ...]:
     """Give every attention logit mean 0 and standard deviation ``std`` over ``images``, in place.
 
@@ -55,6 +56,8 @@ def calibrate(
         model: a freshly converted network; its mode, buffers and the random state stay as they are.
         images: (B, C, H, W) as the model takes them, or batches of them; a few hundred images are enough.
         std: of the logits at tau = 1, in 0..100; 0 makes the attention uniform.
+        by: what tells images apart: ``random`` directions, the fresh layer's own; the same ones ``decorrelated`` over
+            images; or ``clusters`` of the pooled features, one for each kernel.
 
     Returns:
         One entry for each gate that was reached, in the order of the model.
@@ -66,6 +69,8 @@ def calibrate(
     """
     if not 0 <= std <= 100:
         raise UsageError(f"the standard deviation of the logits is in 0..100, got {std}")
+    if by not in WAYS:
+        raise UsageError(f"the logits are set by {' or '.join(WAYS)}, got {by!r}{did_you_mean(by, list(WAYS))}")
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, DynamicLayer)}
     if not layers:
         raise UsageError("the model has no dynamic layer: convert it first (dysurgery.convert)")
@@ -75,7 +80,7 @@ def calibrate(
     done = []
     for path, layer in layers.items():
         if path in pooled:
-            done.append(_set(path, layer.gate, pooled[path], std))
+            done.append(_set(path, layer.gate, pooled[path], std, WAYS[by]))
     return tuple(done)
 
 
@@ -101,6 +106,42 @@ def _check_free(path: str, layer: DynamicLayer) -> None:
             f"the kernels of {path} differ, so that calibrating would change the output: calibrate right after "
             "converting with start='copies'"
         )
+
+
+# Given the last layer's weight (K, H), its inputs (N, H) and the standardised pooled features (N, C), another weight.
+Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _random(weight: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
+    return weight
+
+
+def _decorrelated(weight: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
+    """Let every two of the K logits correlate by -1/(K - 1), the least that all of them can have at once."""
+    centred = hidden - hidden.mean(dim=0)
+    values, axes = torch.linalg.eigh(centred.T @ centred / len(hidden))
+    alive = values > _CONSTANT * values.amax()
+    whiten = axes[:, alive] / values[alive].sqrt()
+    turned = weight @ axes[:, alive]
+    left, _, right = torch.linalg.svd(turned - turned.mean(dim=0), full_matrices=False)
+    rank = min(len(weight) - 1, right.shape[0])
+    found: Tensor = left[:, :rank] @ right[:rank] @ whiten.T
+    return found
+
+
+def _clusters(weight: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
+    """Fit the logits to which of K clusters an image belongs to, by least squares."""
+    from sklearn.cluster import KMeans  # takes a second to import
+
+    found = KMeans(len(weight), n_init=4, random_state=0).fit_predict(pooled.numpy())
+    member = F.one_hot(torch.from_numpy(found).long(), len(weight)).double()
+    solution: Tensor = torch.linalg.lstsq(
+        hidden - hidden.mean(dim=0), member - member.mean(dim=0), driver="gelsd"
+    ).solution
+    return solution.T
+
+
+WAYS: dict[str, Way] = {"random": _random, "decorrelated": _decorrelated, "clusters": _clusters}
 
 
 def _pooled(model: nn.Module, layers: dict[str, DynamicLayer], batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -133,7 +174,7 @@ def _pooled(model: nn.Module, layers: dict[str, DynamicLayer], batches: Iterable
     return {path: torch.cat(parts) for path, parts in seen.items()}
 
 
-def _set(path: str, gate: Gate, pooled: Tensor, std: float) -> Calibrated:
+def _set(path: str, gate: Gate, pooled: Tensor, std: float, way: Way) -> Calibrated:
     """Set both layers of one gate for its inputs ``pooled`` (N, C)."""
     if not torch.isfinite(pooled).all():
         raise DysurgeryError(f"the input of the attention of {path} is not finite: check the images and the weights")
@@ -147,6 +188,7 @@ def _set(path: str, gate: Gate, pooled: Tensor, std: float) -> Calibrated:
     w1 = w1 / spread.clamp_min(_QUIET * typical)
     w1, b1 = _standardised(w1, -w1 @ mean, pooled, 1.0)
     hidden = F.relu(F.linear(pooled, w1, b1))
+    w2 = way(w2, hidden, (pooled - mean) / spread.clamp_min(_QUIET * typical))
     # What all K logits have in common changes no softmax.
     w2, b2 = _standardised(w2 - w2.mean(dim=0), b2, hidden, std)
     with torch.no_grad():

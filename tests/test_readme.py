@@ -26,4 +26,6 @@ def test_every_command_runs_as_it_stands(tmp_path):
     for line in lines:
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
-    assert {"resnet18-dy4", "edited", "mobilenet_v3_small-dy4", "mine.toml"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"resnet18-dy4", "edited", "mobilenet_v3_small-dy4", "mine.toml"} <= {
+        path.name for path in tmp_path.iterdir()
+    }

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,18 @@ class Data:
         train: what to train on.
         val: what to validate on.
         classes: their names, in the order of the outputs; empty if the data set does not say.
+        identity: what a resumed run compares: the name, or for a folder, which may move, a digest of its file names.
     """
 
     name: str
     train: Dataset[Any]
     val: Dataset[Any]
     classes: tuple[str, ...]
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.identity:
+            object.__setattr__(self, "identity", self.name)
 
 
 def open_data(name: str, recipe: Recipe) -> Data:
@@ -81,7 +87,7 @@ def open_data(name: str, recipe: Recipe) -> Data:
         train = Subset(train, [i * count // recipe.train_images for i in range(recipe.train_images)])
     if recipe.val_part != "all":
         val = Subset(val, range(VAL_START[recipe.val_part], len(val), 2))  # type: ignore[arg-type]
-    return Data(name, train, val, data.classes)
+    return replace(data, train=train, val=val)
 
 
 VAL_START = {"even": 0, "odd": 1}
@@ -130,7 +136,7 @@ def _folder(name: str, labels: bool) -> Data:
                 f"class; found {', '.join(found[:5]) or 'no folder'}"
             )
         parts.append(part)
-    sets, classes = [], []
+    sets, classes, digest = [], [], hashlib.sha256()
     for part in parts:
         folder = root / part
         try:
@@ -139,12 +145,14 @@ def _folder(name: str, labels: bool) -> Data:
             raise DysurgeryError(f"{folder} has no images in it: {sentence(error)}") from error
         data._max_retries = 1  # timm's own way with an image that it cannot read is to take the next one instead
         sets.append(data)
+        for path, target in data.reader.samples:
+            digest.update(f"{Path(path).relative_to(root)} {target}\n".encode())
         classes.append(_classes(folder, data, required=labels or part == parts[1]))
     if classes[0] != classes[1] and (labels or classes[0]):
         lacking = sorted(set(classes[0]) - set(classes[1])), sorted(set(classes[1]) - set(classes[0]))
         says = [f"{', '.join(names[:5])} only in {part}" for names, part in zip(lacking, parts, strict=True) if names]
         raise DysurgeryError(f"the classes of {name} differ: {'; '.join(says)}")
-    return Data(name, sets[0], sets[1], classes[1])
+    return Data(name, sets[0], sets[1], classes[1], f"folder {digest.hexdigest()[:16]}")
 
 
 def _classes(folder: Path, data: Any, required: bool) -> tuple[str, ...]:

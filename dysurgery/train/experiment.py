@@ -299,7 +299,7 @@ class _Experiment:
         """Return what tells this run from another."""
         run = {
             "recipe": json.loads(json.dumps(self.recipe.to_json())),
-            "data": self.data.name,
+            "data": self.data.identity,
             "images": [len(self.data.train), len(self.data.val)],  # type: ignore[arg-type]
             "classes": list(self.data.classes),
             "model": {"label": self.built.label, "sha256": _digest(self.built.model)},
@@ -397,7 +397,7 @@ class _Experiment:
         options = {name: getattr(surgery, name) for name in ("k", "reduction", "gate", "layers", "start", "spread")}
         dynamic = convert(static, self.example, seed=seed, **options)
         if surgery.calibrate and can_calibrate(dynamic):
-            calibrate(dynamic, self._calibration_images(), std=surgery.calibrate)
+            calibrate(dynamic, self._calibration_images(), std=surgery.calibrate, by=surgery.calibrate_by)
         elif surgery.calibrate:
             self._note("the attention is not calibrated: that needs the softmax gate and the start 'copies'")
         return dynamic

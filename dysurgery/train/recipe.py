@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dysurgery.calibrate import DEFAULT_STD
+from dysurgery.calibrate import DEFAULT_BY, DEFAULT_STD, WAYS
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.nn import GATES, TemperatureSchedule
 from dysurgery.nn.bank import DEFAULT_SPREAD, STARTS
@@ -38,6 +38,7 @@ class Surgery:
         k, reduction, gate, layers, start, spread: as there.
         calibrate: standard deviation that :func:`dysurgery.calibrate` gives the attention's logits before the first
             step; 0 leaves the attention as the conversion made it. Only the start ``copies`` can be calibrated.
+        calibrate_by: what it lets the logits tell apart: ``random``, ``decorrelated`` or ``clusters``.
         calibration_images: number of training images for it.
     """
 
@@ -48,12 +49,14 @@ class Surgery:
     start: str | None = None
     spread: float = DEFAULT_SPREAD
     calibrate: float = DEFAULT_STD
+    calibrate_by: str = DEFAULT_BY
     calibration_images: int = 512
 
     def __post_init__(self) -> None:
         _at_least(self, k=1, reduction=1, spread=0, calibrate=0, calibration_images=1)
         _one_of("gate", self.gate, GATES)
         _one_of("layers", self.layers, PRESETS)
+        _one_of("calibrate_by", self.calibrate_by, WAYS)
         if self.start is not None:
             _one_of("start", self.start, STARTS)
 

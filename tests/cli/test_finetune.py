@@ -75,7 +75,9 @@ def test_json_holds_the_figures_and_the_history():
     assert set(data["latency_ms"]) == {"static", "dynamic"}
 
 
-def test_a_timm_model_on_a_folder_of_images_gives_a_network_that_loads(pets, tmp_path):
+def test_a_timm_model_on_a_folder_of_images_gives_a_network_that_loads(pets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pets = os.path.relpath(pets)
     out = tmp_path / "run"
     args = ("cifar_resnet20", "--model-arg", "width=4", "--weights", "random", "--data", pets, *QUICK)
     result = run(*args, "--out", str(out))
@@ -84,12 +86,16 @@ def test_a_timm_model_on_a_folder_of_images_gives_a_network_that_loads(pets, tmp
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     model = dysurgery.load(out / "dynamic")
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
-    # What is there is kept; a finished run is shown again.
+    # What is there is kept; a finished run is shown again, from anywhere, and data may move.
     assert run(*args, "--out", str(out)).exit_code == 2
+    monkeypatch.chdir("/")
     again = run("--out", str(out), "--resume", "--json", "-")
     assert again.exit_code == 0, again.output
     shown = json.loads(again.stdout)
     assert shown["accuracy"] == json.loads((out / "result.json").read_text())["accuracy"]
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    pets = str(tmp_path / "moved")
+    assert run("--out", str(out), "--resume", "--data", pets).exit_code == 0
     # The result can be trained on, and has no control.
     more = run(str(out / "dynamic"), "--data", pets, *QUICK)
     assert more.exit_code == 0, more.output

@@ -1,0 +1,276 @@
+"""Does conversion pay? Every row below is one ``dysurgery finetune``; this runs rows, collects and draws them.
+
+    python benchmarks/finetune/study.py run INPUTS RUNS [ROW ...]    # what RUNS does not hold yet; goes on
+    python benchmarks/finetune/study.py show                         # the command of every row
+    python benchmarks/finetune/study.py collect RUNS                 # results.json, the tables of README.md, gain.png
+
+INPUTS is a folder with ``cifar10/`` and ``flowers/`` (folders of images with train/ and val/),
+``resnet20_cifar10.safetensors`` and ``keras_mobilenetv1_025_224.safetensors``. Rows of the group ``ablation`` start
+from RUNS/narrow/seed-0/before, so ``narrow`` comes first; they are measured on the even validation images, on which
+settings are chosen, the others on the odd ones.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+
+CIFAR = "--data cifar10 --recipe cifar10-resnet20 --seeds 0,1,2 --set val_part=odd"
+SHORT = "--set finetune.warmup_epochs=0.5 --set temperature.warmup=1"
+PRETRAIN = (
+    "--set pretrain.epochs=8 --set pretrain.batch_size=128 --set pretrain.lr=0.1 --set pretrain.weight_decay=5e-4 "
+    "--set pretrain.warmup_epochs=1"
+)
+NARROW = "--set finetune.epochs=8 --set finetune.lr=0.1 --set finetune.warmup_epochs=1 --set temperature.warmup=2"
+DIGITS = "--recipe digits --seeds 0,1,2,3,4,5,6,7,8,9"
+ABLATION = (
+    "{runs}/narrow/seed-0/before --data cifar10 --recipe cifar10-resnet20 --seeds 0 --set val_part=even "
+    f"--set train_images=25000 --set finetune.epochs=4 {SHORT}"
+)
+
+# group, row -> the arguments of ``dysurgery finetune``
+ROWS: dict[str, dict[str, str]] = {
+    "1 the headline": {
+        "resnet20": f"cifar_resnet20 --weights resnet20_cifar10.safetensors {CIFAR} --set finetune.epochs=3 "
+        f"--set finetune.lr=0.05 {SHORT}",
+    },
+    "3 narrower": {
+        "narrow": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW}",
+        "half": f"cifar_resnet20 --model-arg width=8 {CIFAR} {PRETRAIN} {NARROW}",
+    },
+    "4 from random weights": {
+        "random": f"cifar_resnet20 --model-arg width=4 --weights random {CIFAR} {NARROW}",
+    },
+    "5 transfer": {
+        "flowers": f"{HERE}/mobilenetv1.py:mobilenetv1_025 --weights keras_mobilenetv1_025_224.safetensors "
+        "--data flowers --recipe folder --seeds 0,1,2 --set val_part=odd --input-size 3 128 128 "
+        "--set finetune.epochs=8 --set temperature.warmup=2 --set finetune.workers=0",
+    },
+    "digits": {
+        "digits": DIGITS,
+        "digits, not calibrated": f"{DIGITS} --set surgery.calibrate=0",
+        "digits, deviation 1.5": f"{DIGITS} --set surgery.calibrate=1.5",
+        "digits, attention at the full rate": f"{DIGITS} --set finetune.attention_lr=1",
+        "digits, not calibrated, attention at the full rate": f"{DIGITS} --set surgery.calibrate=0 "
+        "--set finetune.attention_lr=1",
+        "digits, AdamW": f"{DIGITS} --set finetune.opt=adamw --set finetune.lr=0.005",
+        "digits, width 8": f"{DIGITS} --model-arg width=8",
+    },
+    "2 ablation": {
+        name: f"{ABLATION} {options}"
+        for name, options in {
+            "default, lr 0.1": "",
+            "lr 0.05": "--set finetune.lr=0.05",
+            "lr 0.2": "--set finetune.lr=0.2",
+            "K = 2": "--no-control --set surgery.k=2",
+            "K = 8": "--no-control --set surgery.k=8",
+            "tau 1": "--no-control --set temperature.start=1",
+            "tau 30": "--no-control --set temperature.end=30",
+            "tau 30 to 1 over all epochs": "--no-control --set temperature.warmup=4",
+            "sigmoid": "--no-control --set surgery.gate=sigmoid",
+            "copies, not calibrated": "--no-control --set surgery.calibrate=0",
+            "zero-sum, not calibrated": "--no-control --set surgery.calibrate=0 --set surgery.start=zero-sum",
+            "calibrated, deviation 0.25": "--no-control --set surgery.calibrate=0.25",
+            "calibrated, deviation 1": "--no-control --set surgery.calibrate=1",
+            "calibrated, deviation 1.5": "--no-control --set surgery.calibrate=1.5",
+            "calibrated, deviation 3": "--no-control --set surgery.calibrate=3",
+            "kernels at lr x 1": "--no-control --set finetune.bank_lr=1",
+            "kernels at lr x 2": "--no-control --set finetune.bank_lr=2",
+            "kernels at lr x 8": "--no-control --set finetune.bank_lr=8",
+            "attention at lr x 0.01": "--no-control --set finetune.attention_lr=0.01",
+            "attention at lr x 1": "--no-control --set finetune.attention_lr=1",
+            "only the dynamic layers train": "--no-control --set finetune.train=dynamic",
+            "AdamW, lr 0.001": "--set finetune.opt=adamw --set finetune.lr=0.001 --set finetune.weight_decay=0.05",
+            "AdamW, lr 0.004": "--set finetune.opt=adamw --set finetune.lr=0.004 --set finetune.weight_decay=0.05",
+            "distilled from the static network": "--set distill.weight=1 --set distill.temperature=2",
+        }.items()
+    },
+}
+
+
+def group_of(row: str) -> str:
+    return next(group for group, rows in ROWS.items() if row in rows)
+
+
+def folder_of(row: str) -> str:
+    return row.replace(", ", "-").replace(" ", "_").replace("=", "")
+
+
+def command(row: str, runs: Path) -> list[str]:
+    arguments = ROWS[group_of(row)][row].format(runs=runs)
+    return ["dysurgery", "finetune", *shlex.split(arguments), "--out", str(runs / folder_of(row))]
+
+
+def run(inputs: Path, runs: Path, rows: list[str]) -> None:
+    for row in rows:
+        folder = runs / folder_of(row)
+        if (folder / "result.json").exists():
+            continue
+        resume = ["--resume"] if (folder / "run.json").exists() else []
+        print(row, flush=True)
+        module = [sys.executable, "-m", "dysurgery.cli"]
+        done = subprocess.run([*module, *command(row, runs)[1:], *resume], cwd=inputs)
+        if done.returncode:
+            print(f"{row}: exit code {done.returncode}", flush=True)
+            if done.returncode < 0 or done.returncode > 128:
+                sys.exit(done.returncode)
+
+
+def collected(row: str, runs: Path) -> dict[str, Any] | None:
+    """Return what a finished row came to."""
+    path = runs / folder_of(row) / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    last = {(e["phase"], e["seed"]): e for e in result["history"] if e["number"] == e["of"]}
+    seeds = result["seeds"]
+
+    def each(phase: str, figure: str) -> list[float | None]:
+        return [last[phase, seed["seed"]][figure] if (phase, seed["seed"]) in last else None for seed in seeds]
+
+    shown = shlex.join(command(row, Path("RUNS")))
+    return {
+        "name": row,
+        "group": group_of(row),
+        "command": shown,
+        "seeds": [seed["seed"] for seed in seeds],
+        "val_images": result["val_images"],
+        "before": [seed["before"] for seed in seeds],
+        "control": [seed["control"] for seed in seeds],
+        "dynamic": [seed["dynamic"] for seed in seeds],
+        "control_loss": each("control", "loss"),
+        "dynamic_loss": each("dynamic", "loss"),
+        "entropy": each("dynamic", "entropy"),
+        "spread": each("dynamic", "spread"),
+        "params": result["params"],
+        "mult_adds": result["mult_adds"],
+        "seconds": [seed["seconds"] for seed in seeds],
+    }
+
+
+def collect(runs: Path) -> None:
+    rows = [found for group in ROWS.values() for row in group if (found := collected(row, runs)) is not None]
+    by_name = {row["name"]: row for row in rows}
+    results: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, no GPU", "rows": rows}
+    if headline := by_name.get("resnet20"):
+        setting = (
+            "CIFAR ResNet-20 from pretrained weights, all 50 000 JPEG training images with crop and flip, 3 epochs of "
+            "SGD (a CPU's version of the setting), 2 500 odd validation images, seeds 0, 1, 2"
+        )
+        figures = {"setting": setting, "control": headline["control"], "dynamic": headline["dynamic"]}
+        results = {"headline": figures, **results}
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = (HERE / "README.md").read_text()
+    for name, table in (("main", main_table(rows)), ("ablation", ablation_table(rows))):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        text = before + begin + table + end + rest.partition(end)[2]
+    (HERE / "README.md").write_text(text)
+    draw(rows)
+
+
+def mean(values: list[Any]) -> float | None:
+    there = [value for value in values if value is not None]
+    return fmean(there) if there else None
+
+
+def figure(values: list[Any], digits: int = 2) -> str:
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    return f"{fmean(there):.{digits}f}" + (f" ± {stdev(there):.{digits}f}" if len(there) > 1 else "")
+
+
+def differences(row: dict[str, Any]) -> list[float]:
+    pairs = zip(row["control"], row["dynamic"], strict=True)
+    return [dynamic - control for control, dynamic in pairs if control is not None]
+
+
+def main_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| row | seeds | before | control | dynamic | **difference** | each | loss: control, dynamic | entropy | "
+        "spread |",
+        "|" + "---|" * 10,
+    ]
+    for row in rows:
+        if row["group"] == "2 ablation":
+            continue
+        gains = differences(row)
+        lines.append(
+            f"| {row['name']} | {len(row['seeds'])} | {figure(row['before'])} | {figure(row['control'])} | "
+            f"{figure(row['dynamic'])} | **{fmean(gains):+.2f}**{f' ± {stdev(gains):.2f}' if len(gains) > 1 else ''} | "
+            f"{', '.join(f'{gain:+.2f}' for gain in gains)} | {figure(row['control_loss'], 3)}, "
+            f"{figure(row['dynamic_loss'], 3)} | {figure(row['entropy'])} | {figure(row['spread'], 3)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def ablation_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| what differs | accuracy | training loss | control: accuracy, loss | entropy | spread |",
+        "|" + "---|" * 6,
+    ]
+    for row in rows:
+        if row["group"] == "2 ablation":
+            control = f"{figure(row['control'])}, {figure(row['control_loss'], 3)}" if mean(row["control"]) else ""
+            lines.append(
+                f"| {row['name']} | {figure(row['dynamic'])} | {figure(row['dynamic_loss'], 3)} | {control} | "
+                f"{figure(row['entropy'])} | {figure(row['spread'], 3)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw the difference of every row that has a control, a point for each seed."""
+    shown = [row for row in rows if row["group"] != "2 ablation"]
+    figure, axis = plt.subplots(figsize=(7.5, 0.45 * len(shown) + 1.2), layout="constrained")
+    for place, row in enumerate(shown):
+        gains = differences(row)
+        axis.plot(gains, [place] * len(gains), "o", color="#1f77b4", alpha=0.5, markersize=5)
+        axis.plot([fmean(gains)] * 2, [place - 0.3, place + 0.3], color="#d62728", linewidth=2)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), [row["name"] for row in shown])
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("accuracy of dynamic minus control, points; a dot for each seed, the bar is the mean")
+    figure.savefig(HERE / "gain.png", dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    runs = actions.add_parser("run")
+    runs.add_argument("inputs", type=Path)
+    runs.add_argument("runs", type=Path)
+    runs.add_argument("rows", nargs="*", metavar="ROW")
+    actions.add_parser("show")
+    actions.add_parser("collect").add_argument("runs", type=Path)
+    options = parser.parse_args()
+    every = [row for group in ROWS.values() for row in group]
+    if options.action == "run":
+        if unknown := set(options.rows) - set(every):
+            parser.error(f"unknown rows {', '.join(sorted(unknown))}; see show")
+        run(options.inputs, options.runs.resolve(), options.rows or every)
+    elif options.action == "show":
+        for row in every:
+            print(f"{row}: {shlex.join(command(row, Path('RUNS')))}")
+    else:
+        collect(options.runs)
+
+
+if __name__ == "__main__":
+    main()
