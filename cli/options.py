@@ -24,7 +24,7 @@ Command = Callable[..., Any]
 
 
 class KeyValue(click.ParamType[tuple[str, Any]]):
-    """``key=value``, the value as a Python literal where it is one, else as text."""
+    """``key=value``, the value as a Python literal (or TOML's true and false) where it is one, else as text."""
 
     name = "key=value"
 
@@ -33,7 +33,7 @@ class KeyValue(click.ParamType[tuple[str, Any]]):
         if not equals or not key.replace(".", "_").isidentifier():
             self.fail(f"{value!r} is not of the form key=value", param, ctx)
         try:
-            return key, ast.literal_eval(text)
+            return key, {"true": True, "false": False}[text] if text in ("true", "false") else ast.literal_eval(text)
         except (ValueError, SyntaxError):
             return key, text
 

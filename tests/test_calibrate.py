@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dysurgery
-from dysurgery.calibrate import DEFAULT_STD, can_calibrate
+from dysurgery.calibrate import DEFAULT_STD, WAYS, can_calibrate
 from dysurgery.nn import DynamicLayer
 
 
@@ -50,6 +50,39 @@ def test_the_output_stays_and_every_logit_has_mean_0_and_the_asked_deviation(nam
             assert entry.after[k] == pytest.approx(2.0, abs=1e-6) or entry.after[k] == 0.0
     alive = [max(entry.after) > 0 for entry in done]
     assert sum(alive) > 0.9 * len(alive)
+
+
+@pytest.mark.parametrize("by", WAYS)
+def test_every_way_keeps_the_output_and_gives_the_asked_deviation(by):
+    model = converted()
+    images = torch.randn(64, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(images)
+    done = dysurgery.calibrate(model, images, std=0.7, by=by)
+    with torch.no_grad():
+        assert torch.allclose(model(images), before, rtol=0, atol=1e-9 * before.abs().max().item())
+    found = [entry.after for entry in done if max(entry.after)]
+    assert len(found) > 0.9 * len(done)
+    assert all(std == pytest.approx(0.7, abs=1e-6) or std == 0 for entry in found for std in entry)
+
+
+def test_decorrelated_logits_are_as_little_correlated_as_can_be():
+    model = converted()
+    images = torch.randn(64, 3, 64, 64, dtype=torch.float64)
+    done = dysurgery.calibrate(model, images, by="decorrelated")
+    found = logits(model, images)
+    right = [torch.corrcoef(found[e.path].T)[~torch.eye(4, dtype=torch.bool)] for e in done if min(e.after) > 0]
+    assert sum(torch.allclose(r, torch.full_like(r, -1 / 3), atol=1e-4) for r in right) > 0.8 * len(right)
+
+
+def test_clusters_of_images_get_different_attention():
+    model = converted()
+    groups = torch.randn(4, 3, 1, 1, dtype=torch.float64).repeat_interleave(16, 0)
+    images = 3 * groups + 0.1 * torch.randn(64, 3, 64, 64, dtype=torch.float64)
+    done = dysurgery.calibrate(model, images, by="clusters")
+    z = logits(model, images)[done[0].path].reshape(4, 16, 4)
+    assert len(set(z.mean(dim=1).argmax(dim=1).tolist())) > 1
+    assert z.mean(dim=1).std() > 3 * z.std(dim=1).mean()
 
 
 def test_a_fresh_attention_hardly_varies_and_a_calibrated_one_does():

@@ -1,5 +1,6 @@
 from click.testing import CliRunner
 from dysurgery.cli import main
+from dysurgery.cli.options import KeyValue
 
 from dysurgery.train import load_recipe, recipe_names
 
@@ -43,6 +44,12 @@ def test_validate_names_the_unknown_key_and_the_nearest(tmp_path):
     assert "'epoch' in [finetune]" in result.output
     assert "did you mean 'epochs'" in result.output
     assert run("validate", str(tmp_path / "none.toml")).exit_code == 1
+
+
+def test_values_on_the_command_line_may_be_written_as_in_toml():
+    convert = KeyValue().convert
+    for text, value in (("true", True), ("False", False), ("[1, 2]", [1, 2]), ("0.5", 0.5), ("rand-m9", "rand-m9")):
+        assert convert(f"finetune.x={text}", None, None) == ("finetune.x", value)
 
 
 def test_an_unknown_recipe_is_named():
