@@ -41,6 +41,7 @@ from dysurgery.rewrite import convert
 from dysurgery.source import Source, describe
 from dysurgery.train.curves import draw_curves
 from dysurgery.train.data import Data, generators_kept, open_data, spread_images, val_loader
+from dysurgery.train.groups import freeze_all_but
 from dysurgery.train.head import outputs_of, replace_head
 from dysurgery.train.loop import Epoch, Job, Observer, Step, evaluate, train
 from dysurgery.train.processes import Processes, join_processes
@@ -273,7 +274,14 @@ class _Experiment:
             )
         if self.came_dynamic and self.recipe.pretrain is not None:
             raise UsageError("a recipe with [pretrain] begins with a static network from random weights")
-        self.with_control = not self.came_dynamic if self.wants_control is None else self.wants_control
+        attention_only = self.recipe.finetune.train == "attention"
+        if attention_only and self.wants_control:
+            raise UsageError(
+                "a control has nothing to train with finetune.train='attention', as the static network has none: "
+                "--no-control"
+            )
+        possible = not self.came_dynamic and not attention_only
+        self.with_control = possible if self.wants_control is None else self.wants_control
         self.preprocessing = {**self.built.preprocessing, "input_size": list(self.built.input_size)}
         parameter = next(model.parameters())
         self.example = torch.zeros(1, *self.built.input_size, dtype=parameter.dtype, device=parameter.device)
@@ -282,6 +290,11 @@ class _Experiment:
         outputs = outputs_of(model, self.example)
         self.classes = len(self.data.classes) or outputs
         self.new_head = self.classes != outputs
+        if self.new_head and self.recipe.finetune.train != "all":
+            raise UsageError(
+                f"finetune.train={self.recipe.finetune.train!r} would leave the fresh head for {self.classes} classes "
+                f"as random as it is (the network knows {outputs}): train 'all', then go on from that run's folder"
+            )
         if self.new_head and self.recipe.distill is not None:
             raise UsageError(
                 f"the original network knows {outputs} classes and the data has {self.classes}, so it cannot teach them"
@@ -360,11 +373,13 @@ class _Experiment:
             dynamic = self._converted(static, seed)
             converted = self._accuracy(dynamic)
         control, after = None, None
-        teacher = None if static is None else static
+        teacher = static
         if self.with_control and static is not None:
-            epochs, control = self._phase(
-                "control", copy.deepcopy(static), seed, place, source, recorder, recipe.finetune, teacher=teacher
-            )
+            control = copy.deepcopy(static)
+            if recipe.finetune.train == "dynamic":
+                freeze_all_but(control, _became_dynamic(control, dynamic))
+            how = replace(recipe.finetune, train="all")
+            epochs, control = self._phase("control", control, seed, place, source, recorder, how, teacher=teacher)
             after, seconds["control"] = self._final(epochs), sum(epoch.seconds for epoch in epochs)
         epochs, dynamic = self._phase(
             "dynamic", dynamic, seed, place, source, recorder, recipe.finetune, teacher=teacher or copy.deepcopy(start)
@@ -488,6 +503,13 @@ def _with_classes(source: Source | None, classes: int, model: nn.Module) -> Sour
         return None
     shapes = [{name: tensor.shape for name, tensor in network.state_dict().items()} for network in (twin, model)]
     return changed if shapes[0] == shapes[1] else None
+
+
+def _became_dynamic(static: nn.Module, dynamic: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of ``static`` whose layers are dynamic in ``dynamic``."""
+    for path, module in dynamic.named_modules():
+        if isinstance(module, DynamicLayer):
+            yield from static.get_submodule(path).parameters()
 
 
 def _digest(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ than the static kernel at the same rate, and its weight decay acts as before. Ba
 1/K of the weight decay. Adam and its like divide the size of the gradient out, and need no scaling.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -76,8 +77,13 @@ def freeze(model: nn.Module, train: str) -> None:
     if train != "all":
         layers = [layer for layer in model.modules() if isinstance(layer, DynamicLayer)]
         parts = layers if train == "dynamic" else [layer.gate for layer in layers]
-        kept = {id(parameter) for part in parts for parameter in part.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+        freeze_all_but(model, (parameter for part in parts for parameter in part.parameters()))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError(f"nothing to train: the model has no parameter that train = {train!r} names and is not frozen")
+
+
+def freeze_all_but(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Freeze what is not among ``parameters``; those that were frozen stay frozen."""
+    kept = {id(parameter) for parameter in parameters}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)

@@ -182,3 +182,27 @@ def test_what_is_missing_is_named():
         finetune(net(), recipe="folder")
     with pytest.raises(UsageError, match="no device"):
         finetune(net(), image_data(), folder_recipe(), device="gpu")
+
+
+def test_where_only_dynamic_layers_train_the_control_trains_those_that_became_dynamic():
+    outcome = finetune(recipe=digits(finetune__train="dynamic", finetune__epochs=1))
+    start = finetune(recipe=digits(finetune__train="dynamic", finetune__epochs=1, finetune__lr=0.0)).control
+    dynamic = {path for path, layer in outcome.model.named_modules() if isinstance(layer, dysurgery.nn.DynamicLayer)}
+    moved = {
+        name.rpartition(".")[0]
+        for (name, after), before in zip(outcome.control.named_parameters(), start.parameters(), strict=True)
+        if not torch.equal(after, before)
+    }
+    assert moved == dynamic
+
+
+def test_where_only_the_attention_trains_there_is_no_control():
+    outcome = finetune(recipe=digits(finetune__train="attention", finetune__epochs=1))
+    assert outcome.control is None
+    with pytest.raises(UsageError, match="--no-control"):
+        finetune(recipe=digits(finetune__train="attention"), control=True)
+
+
+def test_a_fresh_head_is_not_left_untrained():
+    with pytest.raises(UsageError, match="fresh head for 3 classes"):
+        finetune(net(classes=5), image_data(), folder_recipe(finetune__train="dynamic"))
