@@ -28,7 +28,8 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 
-CIFAR = "--data cifar10 --recipe cifar10-resnet20 --seeds 0,1,2 --set val_part=odd"
+RESNET20 = "--data cifar10 --recipe cifar10-resnet20 --set finetune.channels_last=true"
+CIFAR = f"{RESNET20} --seeds 0,1,2 --set val_part=odd"
 SHORT = "--set finetune.warmup_epochs=0.5 --set temperature.warmup=1"
 PRETRAIN = (
     "--set pretrain.epochs=8 --set pretrain.batch_size=128 --set pretrain.lr=0.1 --set pretrain.weight_decay=5e-4 "
@@ -36,8 +37,12 @@ PRETRAIN = (
 )
 NARROW = "--set finetune.epochs=8 --set finetune.lr=0.1 --set finetune.warmup_epochs=1 --set temperature.warmup=2"
 DIGITS = "--recipe digits --seeds 0,1,2,3,4,5,6,7,8,9"
+TUNING = (
+    f"cifar_resnet20 --weights resnet20_cifar10.safetensors {RESNET20} --seeds 0 --set val_part=even "
+    f"--set train_images=20000 --set finetune.epochs=3 {SHORT}"
+)
 ABLATION = (
-    "{runs}/narrow/seed-0/before --data cifar10 --recipe cifar10-resnet20 --seeds 0 --set val_part=even "
+    f"{{runs}}/narrow/seed-0/before {RESNET20} --seeds 0 --set val_part=even "
     f"--set train_images=25000 --set finetune.epochs=4 {SHORT}"
 )
 
@@ -46,6 +51,9 @@ ROWS: dict[str, dict[str, str]] = {
     "1 the headline": {
         "resnet20": f"cifar_resnet20 --weights resnet20_cifar10.safetensors {CIFAR} --set finetune.epochs=3 "
         f"--set finetune.lr=0.05 {SHORT}",
+    },
+    "1 its learning rate, on 20 000 images": {
+        f"resnet20, lr {lr}": f"{TUNING} --set finetune.lr={lr}" for lr in (0.02, 0.05, 0.1)
     },
     "3 narrower": {
         "narrow": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW}",
@@ -84,6 +92,8 @@ ROWS: dict[str, dict[str, str]] = {
             "copies, not calibrated": "--no-control --set surgery.calibrate=0",
             "zero-sum, not calibrated": "--no-control --set surgery.calibrate=0 --set surgery.start=zero-sum",
             "calibrated, deviation 0.25": "--no-control --set surgery.calibrate=0.25",
+            "calibrated, decorrelated": "--no-control --set surgery.calibrate_by=decorrelated",
+            "calibrated, by clusters": "--no-control --set surgery.calibrate_by=clusters",
             "calibrated, deviation 1": "--no-control --set surgery.calibrate=1",
             "calibrated, deviation 1.5": "--no-control --set surgery.calibrate=1.5",
             "calibrated, deviation 3": "--no-control --set surgery.calibrate=3",
@@ -92,7 +102,7 @@ ROWS: dict[str, dict[str, str]] = {
             "kernels at lr x 8": "--no-control --set finetune.bank_lr=8",
             "attention at lr x 0.01": "--no-control --set finetune.attention_lr=0.01",
             "attention at lr x 1": "--no-control --set finetune.attention_lr=1",
-            "only the dynamic layers train": "--no-control --set finetune.train=dynamic",
+            "only the dynamic layers train": " --set finetune.train=dynamic",
             "AdamW, lr 0.001": "--set finetune.opt=adamw --set finetune.lr=0.001 --set finetune.weight_decay=0.05",
             "AdamW, lr 0.004": "--set finetune.opt=adamw --set finetune.lr=0.004 --set finetune.weight_decay=0.05",
             "distilled from the static network": "--set distill.weight=1 --set distill.temperature=2",
