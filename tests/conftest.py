@@ -4,11 +4,14 @@ import os
 import socket
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 # A test that reached for the hub would be slow online and fail offline.
 os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
 constants.HF_HUB_OFFLINE = True  # for this one, which has read the variable already
+
+torch.manual_seed(0)  # for what the test files draw when they are imported
 
 FACTORY = '''
 import torch
@@ -45,6 +48,12 @@ def broken():
 def no_model():
     return "a string"
 '''
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random weights and images are the same whichever tests run: a tolerance holds always or never."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
