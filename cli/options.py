@@ -33,7 +33,7 @@ class KeyValue(click.ParamType[tuple[str, Any]]):
         if not equals or not key.replace(".", "_").isidentifier():
             self.fail(f"{value!r} is not of the form key=value", param, ctx)
         try:
-            return key, {"true": True, "false": False}[text] if text in ("true", "false") else ast.literal_eval(text)
+            return key, ast.literal_eval(text.title() if text in ("true", "false") else text)
         except (ValueError, SyntaxError):
             return key, text
 

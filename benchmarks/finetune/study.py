@@ -37,10 +37,7 @@ PRETRAIN = (
 )
 NARROW = "--set finetune.epochs=8 --set finetune.lr=0.1 --set finetune.warmup_epochs=1 --set temperature.warmup=2"
 DIGITS = "--recipe digits --seeds 0,1,2,3,4,5,6,7,8,9"
-TUNING = (
-    f"cifar_resnet20 --weights resnet20_cifar10.safetensors {RESNET20} --seeds 0 --set val_part=even "
-    f"--set train_images=20000 --set finetune.epochs=3 {SHORT}"
-)
+PRETRAINED = f"cifar_resnet20 --weights resnet20_cifar10.safetensors --set finetune.epochs=3 {SHORT}"
 ABLATION = (
     f"{{runs}}/narrow/seed-0/before {RESNET20} --seeds 0 --set val_part=even "
     f"--set train_images=25000 --set finetune.epochs=4 {SHORT}"
@@ -49,11 +46,12 @@ ABLATION = (
 # group, row -> the arguments of ``dysurgery finetune``
 ROWS: dict[str, dict[str, str]] = {
     "1 the headline": {
-        "resnet20": f"cifar_resnet20 --weights resnet20_cifar10.safetensors {CIFAR} --set finetune.epochs=3 "
-        f"--set finetune.lr=0.05 {SHORT}",
+        "resnet20": f"{PRETRAINED} {CIFAR} --set finetune.lr=0.05",
     },
     "1 its learning rate, on 20 000 images": {
-        f"resnet20, lr {lr}": f"{TUNING} --set finetune.lr={lr}" for lr in (0.02, 0.05, 0.1)
+        f"resnet20, lr {lr}": f"{PRETRAINED} {RESNET20} --seeds 0 --set val_part=even --set train_images=20000 "
+        f"--set finetune.lr={lr}"
+        for lr in (0.02, 0.05, 0.1)
     },
     "3 narrower": {
         "narrow": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW}",
@@ -102,7 +100,7 @@ ROWS: dict[str, dict[str, str]] = {
             "kernels at lr x 8": "--no-control --set finetune.bank_lr=8",
             "attention at lr x 0.01": "--no-control --set finetune.attention_lr=0.01",
             "attention at lr x 1": "--no-control --set finetune.attention_lr=1",
-            "only the dynamic layers train": " --set finetune.train=dynamic",
+            "only the dynamic layers train": "--set finetune.train=dynamic",
             "AdamW, lr 0.001": "--set finetune.opt=adamw --set finetune.lr=0.001 --set finetune.weight_decay=0.05",
             "AdamW, lr 0.004": "--set finetune.opt=adamw --set finetune.lr=0.004 --set finetune.weight_decay=0.05",
             "distilled from the static network": "--set distill.weight=1 --set distill.temperature=2",

@@ -373,17 +373,14 @@ class _Experiment:
             dynamic = self._converted(static, seed)
             converted = self._accuracy(dynamic)
         control, after = None, None
-        teacher = static
         if self.with_control and static is not None:
             control = copy.deepcopy(static)
             if recipe.finetune.train == "dynamic":
                 freeze_all_but(control, _became_dynamic(control, dynamic))
-            how = replace(recipe.finetune, train="all")
-            epochs, control = self._phase("control", control, seed, place, source, recorder, how, teacher=teacher)
+            how = replace(recipe.finetune, train="all")  # of what is not frozen
+            epochs, control = self._phase("control", control, seed, place, source, recorder, how, teacher=start)
             after, seconds["control"] = self._final(epochs), sum(epoch.seconds for epoch in epochs)
-        epochs, dynamic = self._phase(
-            "dynamic", dynamic, seed, place, source, recorder, recipe.finetune, teacher=teacher or copy.deepcopy(start)
-        )
+        epochs, dynamic = self._phase("dynamic", dynamic, seed, place, source, recorder, recipe.finetune, teacher=start)
         seconds["dynamic"] = sum(epoch.seconds for epoch in epochs)
         outcome = SeedOutcome(seed, before, converted, after, self._final(epochs), seconds)
         return outcome, static, dynamic, control
