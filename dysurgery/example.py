@@ -4,7 +4,6 @@ Everything that runs the caller's model runs a :func:`shadow` of it, :func:`undi
 random state stay as they were.
 """
 
-import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.nn import duplicate
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 """One tensor, a tuple of positional arguments, or a dict of keyword arguments."""
@@ -53,7 +53,7 @@ def shadow(model: nn.Module) -> nn.Module:
         DysurgeryError: if the model cannot be copied.
     """
     try:
-        copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        copied = duplicate(model, {id(parameter): parameter for parameter in model.parameters()})
     except Exception as error:
         raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {error})") from error
     return copied.eval()
