@@ -1,7 +1,7 @@
 """What a model is called with, and how to run it without leaving a trace.
 
-Everything that runs the caller's model runs a :func:`shadow` of it, :func:`undisturbed`: its mode, its buffers and the
-random state stay as they were.
+Everything that runs the caller's model runs a :func:`shadow` of it, :func:`undisturbed`: its mode, its parameters (some
+models write theirs in forward), its buffers and the random state stay as they were.
 """
 
 import copy
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.errors import DysurgeryError, UsageError, sentence
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 """One tensor, a tuple of positional arguments, or a dict of keyword arguments."""
@@ -47,15 +48,22 @@ def batch_size(example: Example) -> int:
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` in eval mode that shares its parameters but no buffer, to run and to trace.
+    """Return a copy of ``model`` in eval mode that shares nothing with it, to run and to trace.
 
     Raises:
+        UsageError: if it has lazy layers that have no weights yet.
         DysurgeryError: if the model cannot be copied.
     """
+    tensors_of = itertools.chain(model.named_parameters(), model.named_buffers())
+    if lazy := [name for name, tensor in tensors_of if is_lazy(tensor)]:
+        raise UsageError(
+            f"{type(model).__name__} has lazy layers without weights ({', '.join(lazy[:3])}): run it once on an input, "
+            "and remove those that it never calls"
+        )
     try:
-        copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        copied = copy.deepcopy(model)
     except Exception as error:
-        raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {error})") from error
+        raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {sentence(error)})") from error
     return copied.eval()
 
 
