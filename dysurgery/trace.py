@@ -229,6 +229,10 @@ def _refusal(module: nn.Module, read_elsewhere: bool, owners: Counter[int]) -> s
         why = "its weight or bias is read outside its own call"
     if why is None and any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
         why = "its weight or bias is tied to another module's"
+    if why is None and (module._modules or module._buffers or module._parameters.keys() - {"weight", "bias"}):
+        why = "it holds parameters, buffers or modules beside its weight and bias"
+    if why is None and (module._state_dict_hooks or module._load_state_dict_pre_hooks):
+        why = "it has state_dict hooks, which are about the keys of its weight and bias"
     return why
 
 
