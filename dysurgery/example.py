@@ -63,7 +63,21 @@ def shadow(model: nn.Module) -> nn.Module:
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
-        raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {sentence(error)})") from error
+        held = [
+            f"{path}.{name}".removeprefix(".")
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        way_out = f"; run it once under torch.no_grad(): gradients hang on {', '.join(held[:3])}" if held else ""
+        raise DysurgeryError(
+            f"{type(model).__name__} cannot be copied (copy.deepcopy: {sentence(error)}){way_out}"
+        ) from error
+    shared = {id(module) for module in model.modules()}
+    if own := [type(module).__name__ for module in copied.modules() if id(module) in shared]:
+        raise DysurgeryError(
+            f"{type(model).__name__} cannot be copied: the __deepcopy__ of {own[0]} returns the original"
+        )
     return copied.eval()
 
 
