@@ -311,7 +311,9 @@ def _check(model: nn.Module, result: nn.Module, plan: Plan, absolute: float, rel
         )
     silent = sorted({site.path for site in plan.chosen if site.calls} - layers_that_run(result, plan.example))
     if silent:
-        raise DysurgeryError(
-            f"{len(silent)} converted layer(s) are never called ({', '.join(silent[:3])}): the model holds another "
-            "reference to the original; convert without in_place"
+        why = (
+            "the model holds another reference to the original; convert without in_place"
+            if result is model
+            else "the copy of the model does not hold them (a __deepcopy__ of its own?)"
         )
+        raise DysurgeryError(f"{len(silent)} converted layer(s) are never called ({', '.join(silent[:3])}): {why}")
