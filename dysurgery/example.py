@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -110,6 +111,17 @@ def run(model: nn.Module, example: Example) -> Any:
                 f"{type(model).__name__} does not run on an example of shape {shapes}: "
                 f"{type(error).__name__}: {error}".rstrip()
             ) from error
+
+
+@contextmanager
+def called() -> Iterator[set[int]]:
+    """Collect the identity of every module that is called in the block, of whichever model."""
+    found: set[int] = set()
+    handle = register_module_forward_pre_hook(lambda module, args: found.add(id(module)))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dysurgery.errors import DysurgeryError
-from dysurgery.example import Example, batch_size, run, shadow, tensors
+from dysurgery.example import Example, batch_size, called, run, shadow, tensors
 from dysurgery.nn import DynamicLayer
 
 # Largest difference that rounding explains, relative to the largest output.
@@ -79,9 +79,8 @@ def tolerance(model: nn.Module) -> tuple[torch.dtype, float]:
 
 def layers_that_run(model: nn.Module, example: Example) -> set[str]:
     """Return every path of the dynamic layers that are called on ``example``."""
-    copied, ran = shadow(model), set[str]()
-    for path, module in copied.named_modules(remove_duplicate=False):
-        if isinstance(module, DynamicLayer):
-            module.register_forward_hook(lambda *_, path=path: ran.add(path))
-    run(copied, example)
-    return ran
+    copied = shadow(model)
+    with called() as ran:
+        run(copied, example)
+    modules = copied.named_modules(remove_duplicate=False)
+    return {path for path, module in modules if isinstance(module, DynamicLayer) and id(module) in ran}
