@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dysurgery import graph as graphs_of
 from dysurgery.errors import DysurgeryError, UsageError
-from dysurgery.example import Example, batch_size, run, shadow, tensors
+from dysurgery.example import Example, batch_size, called, run, shadow, tensors
 from dysurgery.graph import join
 from dysurgery.nn import DynamicLayer, refusal
 from dysurgery.watch import FUNCTIONAL, Call, Record, is_site, watch
@@ -100,11 +100,17 @@ def trace(model: nn.Module, example: Example, *, linear: bool = False, as_graph:
 
     Raises:
         UsageError: for an example of the wrong type, or a model that is compiled, scripted or wrapped.
-        DysurgeryError: if the model does not run on the example.
+        DysurgeryError: if the model does not run on the example, or cannot be copied.
     """
     _check_traceable(model)
     copied = shadow(model)
-    record = watch(copied, example, linear)
+    with called() as ran:
+        record = watch(copied, example, linear)
+    if stray := [path or type(module).__name__ for path, module in model.named_modules() if id(module) in ran]:
+        raise DysurgeryError(
+            f"a copy of {type(model).__name__} still calls the original ({', '.join(stray[:3])}), through a lambda, a "
+            "closure or a method set on the instance: make that an ordinary method"
+        )
     arguments = record.arguments
     fixed = graphs_of.fixed_arguments(copied, arguments)
     graphs, notes = graphs_of.draw(copied, fixed, linear=linear)
