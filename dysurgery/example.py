@@ -5,6 +5,7 @@ models write theirs in forward), its buffers and the random state stay as they w
 """
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,6 +138,9 @@ def tensors(output: Any) -> list[Tensor]:
         elif isinstance(value, list | tuple | set | frozenset):
             for inner in value:
                 collect(inner)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):  # with __slots__ it has no __dict__
+            for field in dataclasses.fields(value):
+                collect(getattr(value, field.name, None))
         elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
             collect(vars(value))
 
