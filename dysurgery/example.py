@@ -146,3 +146,9 @@ def tensors(output: Any) -> list[Tensor]:
 
     collect(output)
     return found
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor of any layout and type as dense real float64, to compare them."""
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return (torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense).double()
