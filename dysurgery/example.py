@@ -1,9 +1,10 @@
 """What a model is called with, and how to run it without leaving a trace.
 
-Everything that runs the caller's model runs a :func:`shadow` of it, :func:`undisturbed`: its mode, its buffers and the
-random state stay as they were.
+Everything that runs the caller's model runs a :func:`shadow` of it, :func:`undisturbed`: its mode, its parameters (some
+models write theirs in forward), its buffers and the random state stay as they were.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from dysurgery.errors import DysurgeryError, UsageError
-from dysurgery.nn import duplicate
+from dysurgery.errors import DysurgeryError, UsageError, sentence
+from dysurgery.nn import DynamicLayer, duplicate
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 """One tensor, a tuple of positional arguments, or a dict of keyword arguments."""
@@ -47,15 +50,31 @@ def batch_size(example: Example) -> int:
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` in eval mode that shares its parameters but no buffer, to run and to trace.
+    """Return a copy of ``model`` in eval mode, to run and to trace.
+
+    It shares the parameters of dynamic layers, the bulk of a converted model, and nothing else: no code but that of
+    those layers knows them, while some models write their own parameters in forward.
 
     Raises:
+        UsageError: if it has lazy layers that have no weights yet.
         DysurgeryError: if the model cannot be copied.
     """
+    tensors_of = itertools.chain(model.named_parameters(), model.named_buffers())
+    if lazy := [name for name, tensor in tensors_of if is_lazy(tensor)]:
+        raise UsageError(
+            f"{type(model).__name__} has lazy layers without weights ({', '.join(lazy[:3])}): run it once on an input, "
+            "and remove those that it never calls"
+        )
+    dynamic = [module for module in model.modules() if isinstance(module, DynamicLayer)]
     try:
-        copied = duplicate(model, {id(parameter): parameter for parameter in model.parameters()})
+        copied = duplicate(model, {id(p): p for layer in dynamic for p in layer.parameters()})
     except Exception as error:
-        raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {error})") from error
+        raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {sentence(error)})") from error
+    shared = {id(module) for module in model.modules()}
+    if own := [type(module).__name__ for module in copied.modules() if id(module) in shared]:
+        raise DysurgeryError(
+            f"{type(model).__name__} cannot be copied: the __deepcopy__ of {own[0]} returns the original"
+        )
     return copied.eval()
 
 
@@ -75,7 +94,8 @@ def run(model: nn.Module, example: Example) -> Any:
         DysurgeryError: if the model raises.
     """
     args, kwargs = call_arguments(example)
-    with undisturbed(model):
+    # What is compiled runs as it is written: compiled code would not see hooks that are set for one run.
+    with undisturbed(model), torch.compiler.set_stance("force_eager"):
         try:
             return model(*args, **kwargs)
         except Exception as error:
@@ -87,6 +107,17 @@ def run(model: nn.Module, example: Example) -> Any:
                 f"{type(model).__name__} does not run on an example of shape {shapes}: "
                 f"{type(error).__name__}: {error}".rstrip()
             ) from error
+
+
+@contextmanager
+def called() -> Iterator[set[int]]:
+    """Collect the identity of every module that is called in the block, of whichever model."""
+    found: set[int] = set()
+    handle = register_module_forward_pre_hook(lambda module, args: found.add(id(module)))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -102,8 +133,17 @@ def tensors(output: Any) -> list[Tensor]:
         elif isinstance(value, list | tuple | set | frozenset):
             for inner in value:
                 collect(inner)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):  # with __slots__ it has no __dict__
+            for field in dataclasses.fields(value):
+                collect(getattr(value, field.name, None))
         elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
             collect(vars(value))
 
     collect(output)
     return found
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """Return the values of a tensor of any layout and type as dense real float64, to compare them."""
+    dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return (torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense).double()

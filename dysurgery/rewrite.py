@@ -190,7 +190,7 @@ def graft(model: nn.Module, paths: Sequence[str], build: Build) -> nn.Module:
     memo: dict[int, Any] = {identity: layer for identity, (_, layer) in layers.items()}
     copied = duplicate(model, memo)
     for static, layer in layers.values():
-        _carry_over(static, layer, memo)
+        _carry_over(static, layer, lambda value: copy.deepcopy(value, memo))
     return copied
 
 
@@ -204,7 +204,8 @@ def graft_in_place(model: nn.Module, paths: Sequence[str], build: Build) -> tupl
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in layers:
                 replaced.append((parent, name, child))
-                _carry_over(child, layers[id(child)], None)
+                # The very same dictionaries: a handle that the caller keeps still removes its hook.
+                _carry_over(child, layers[id(child)], lambda value: value)
                 parent._modules[name] = layers[id(child)]
 
     def undo() -> None:
@@ -214,14 +215,15 @@ def graft_in_place(model: nn.Module, paths: Sequence[str], build: Build) -> tupl
     return model, undo
 
 
-def _carry_over(static: nn.Module, layer: DynamicLayer, memo: dict[int, Any] | None) -> None:
-    """Give ``layer`` the hooks and the extra attributes of ``static``."""
+def _carry_over(static: nn.Module, layer: DynamicLayer, carry: Callable[[Any], Any]) -> None:
+    """Give ``layer`` the hooks and the extra attributes of ``static``, each through ``carry``."""
     static = folded(static)
     for name, value in vars(static).items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) or (
+        # The flag is of the backward hooks: without it they are never called.
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")) or (
             name not in vars(layer) and not name.startswith("_")
         ):
-            vars(layer)[name] = copy.copy(value) if memo is None else copy.deepcopy(value, memo)
+            vars(layer)[name] = carry(value)
 
 
 def rewrite_graphs(
@@ -268,7 +270,7 @@ def _replace_node(drawn: fx.GraphModule, node: fx.Node, name: str, build: Build,
     if node.op == "call_module":
         static = drawn.get_submodule(str(node.target))
         layer = build(static, path)
-        _carry_over(static, layer, None)
+        _carry_over(static, layer, copy.copy)
         drawn.add_submodule(name, layer)
         node.target = name
         return
@@ -315,7 +317,9 @@ def _check(model: nn.Module, result: nn.Module, plan: Plan, absolute: float, rel
         )
     silent = sorted({site.path for site in plan.chosen if site.calls} - layers_that_run(result, plan.example))
     if silent:
-        raise DysurgeryError(
-            f"{len(silent)} converted layer(s) are never called ({', '.join(silent[:3])}): the model holds another "
-            "reference to the original; convert without in_place"
+        why = (
+            "the model holds another reference to the original; convert without in_place"
+            if result is model
+            else "the copy of the model does not hold them (a __deepcopy__ of its own?)"
         )
+        raise DysurgeryError(f"{len(silent)} converted layer(s) are never called ({', '.join(silent[:3])}): {why}")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dysurgery import graph as graphs_of
 from dysurgery.errors import DysurgeryError, UsageError
-from dysurgery.example import Example, batch_size, run, shadow, tensors
+from dysurgery.example import Example, batch_size, called, numbers, run, shadow, tensors
 from dysurgery.graph import join
 from dysurgery.nn import DynamicLayer, folded, handler, refusal
 from dysurgery.watch import FUNCTIONAL, Call, Record, is_site, watch
@@ -108,11 +108,17 @@ def trace(
 
     Raises:
         UsageError: for an example of the wrong type, or a model that is compiled, scripted or wrapped.
-        DysurgeryError: if the model does not run on the example.
+        DysurgeryError: if the model does not run on the example, or cannot be copied.
     """
     _check_traceable(model)
     copied = shadow(model)
-    record = watch(copied, example, linear)
+    with called() as ran:
+        record = watch(copied, example, linear)
+    if stray := [path or type(module).__name__ for path, module in model.named_modules() if id(module) in ran]:
+        raise DysurgeryError(
+            f"a copy of {type(model).__name__} still calls the original ({', '.join(stray[:3])}), through a lambda, a "
+            "closure or a method set on the instance: make that an ordinary method"
+        )
     arguments = record.arguments
     fixed = graphs_of.fixed_arguments(copied, arguments)
     graphs, notes = graphs_of.draw(copied, fixed, linear=linear)
@@ -150,7 +156,8 @@ def _check_traceable(model: nn.Module) -> None:
 def _same_outputs(a: Any, b: Any) -> bool:
     left, right = tensors(a), tensors(b)
     return len(left) == len(right) and all(
-        x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
+        x.shape == y.shape
+        and (x.is_meta or torch.allclose(numbers(x), numbers(y), rtol=1e-3, atol=1e-3, equal_nan=True))
         for x, y in zip(left, right, strict=True)
     )
 
@@ -222,7 +229,7 @@ def _module_sites(
             dynamic=isinstance(module, DynamicLayer),
             refusal=_refusal(module, fold, identity in record.read_elsewhere, owners),
             transposed=bool(getattr(module, "transposed", False)),
-            kept=sum(module.get_parameter(name).numel() for name in getattr(handler(folded(module)), "kept", ())),
+            kept=sum(module.get_parameter(name).numel() for name in _kept(module)),
         )
         call_paths = [path for name in paths for path in nodes_of[name]]
         if len(call_paths) == len(calls) > 1:
@@ -238,12 +245,23 @@ def _module_sites(
 def _refusal(module: nn.Module, fold: bool, read_elsewhere: bool, owners: Counter[int]) -> str | None:
     if isinstance(module, DynamicLayer):
         return None
-    why = refusal(folded(module) if fold else module)
+    plain = folded(module) if fold else module
+    why = refusal(plain)
     if why is None and read_elsewhere:
         why = "its weight or bias is read outside its own call"
     if why is None and any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
         why = "its weight or bias is tied to another module's"
+    known = {"weight", "bias", *_kept(plain)}
+    if why is None and (plain._modules or plain._buffers or plain._parameters.keys() - known):
+        why = "it holds parameters, buffers or modules beside its weight and bias"
+    if why is None and (plain._state_dict_hooks or plain._load_state_dict_pre_hooks):
+        why = "it has state_dict hooks, which are about the keys of its weight and bias"
     return why
+
+
+def _kept(module: nn.Module) -> tuple[str, ...]:
+    counterpart = handler(module)
+    return () if counterpart is None else counterpart.kept
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:

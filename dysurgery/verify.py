@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from dysurgery.errors import DysurgeryError
-from dysurgery.example import Example, batch_size, run, shadow, tensors
+from dysurgery.example import Example, batch_size, called, numbers, run, shadow, tensors
 from dysurgery.nn import DynamicLayer
 
 # Largest difference that rounding explains, relative to the largest output.
@@ -56,13 +56,15 @@ def difference(expected: Any, found: Any) -> tuple[float, float]:
     left, right = tensors(expected), tensors(found)
     if not left:
         raise DysurgeryError(f"the model returns no tensor that could be compared ({type(expected).__name__})")
+    if any(tensor.is_meta for tensor in left):
+        raise DysurgeryError("the model is on the meta device, where nothing can be compared: give it weights first")
     if [t.shape for t in left] != [t.shape for t in right]:
         return math.inf, math.inf
     absolute = scale = 0.0
     for a, b in zip(left, right, strict=True):
         if a.numel() == 0:
             continue
-        a, b = a.double(), b.double()
+        a, b = numbers(a), numbers(b)
         apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
         worst = apart.max().item()
         absolute = max(absolute, math.inf if math.isnan(worst) else worst)
@@ -79,9 +81,8 @@ def tolerance(model: nn.Module) -> tuple[torch.dtype, float]:
 
 def layers_that_run(model: nn.Module, example: Example) -> set[str]:
     """Return every path of the dynamic layers that are called on ``example``."""
-    copied, ran = shadow(model), set[str]()
-    for path, module in copied.named_modules(remove_duplicate=False):
-        if isinstance(module, DynamicLayer):
-            module.register_forward_hook(lambda *_, path=path: ran.add(path))
-    run(copied, example)
-    return ran
+    copied = shadow(model)
+    with called() as ran:
+        run(copied, example)
+    modules = copied.named_modules(remove_duplicate=False)
+    return {path for path, module in modules if isinstance(module, DynamicLayer) and id(module) in ran}

@@ -114,14 +114,17 @@ def watch(copied: nn.Module, example: Example, linear: bool) -> Record:
 
 
 def _watching(cls: type[nn.Module], record: Record) -> type[nn.Module]:
-    """Return a subclass that records each call, and each reading of its weight or bias outside its own call."""
+    """Return a subclass that records each call, and each reading of its weight or bias outside its own forward."""
 
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         record.depth += 1
         try:
-            output = cls.__call__(self, *args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
         finally:
             record.depth -= 1
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = cls.__call__(self, *args, **kwargs)
         tensor = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(tensor, Tensor) and isinstance(output, Tensor):
             record.calls[id(self)].append(Call(tuple(tensor.shape), tuple(output.shape)))
@@ -132,7 +135,7 @@ def _watching(cls: type[nn.Module], record: Record) -> type[nn.Module]:
             record.read_elsewhere.add(id(self))
         return cls.__getattr__(self, name)
 
-    return type(cls.__name__, (cls,), {"__call__": call, "__getattr__": getattribute})
+    return type(cls.__name__, (cls,), {"__call__": call, "forward": forward, "__getattr__": getattribute})
 
 
 def _remember_arguments(arguments: dict[str, Arguments], path: str) -> Callable[..., None]:

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import dysurgery
 from dysurgery.errors import UsageError
