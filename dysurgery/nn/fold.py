@@ -7,7 +7,7 @@
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from dysurgery.nn.copying import duplicate
@@ -37,17 +37,18 @@ def folded(module: nn.Module) -> nn.Module:
             remove_weight_norm(plain, hook.name)
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(plain, hook.name)
-            _drop_left_behind(plain)
         elif isinstance(hook, prune.BasePruningMethod):
             prune.remove(plain, hook._tensor_name)  # type: ignore[no-untyped-call]
+    _drop_left_behind(plain)
     return plain.train(module.training)
 
 
 def _drop_left_behind(plain: nn.Module) -> None:
-    """Drop the hooks that look for the removed tensors in a state_dict: torch means to, but sees them wrapped."""
+    """Drop the hooks that look for the removed tensors in a state_dict, which torch's own functions leave behind."""
     for hooks in (plain._load_state_dict_pre_hooks, plain._state_dict_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "hook", hook), SpectralNormLoadStateDictPreHook | SpectralNormStateDictHook):
+            function = getattr(hook, "hook", hook)
+            if (getattr(function, "__module__", None) or "").startswith("torch.nn.utils."):
                 del hooks[key]
 
 
