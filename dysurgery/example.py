@@ -6,10 +6,12 @@ models write theirs in forward), its buffers and the random state stay as they w
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -80,11 +82,18 @@ def shadow(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Seed the random generators for the block, without gradients, and put their state back after it."""
+    """Seed the generators of torch, Python and numpy for the block, without gradients; put them back after it."""
+    python, numpy = random.getstate(), np.random.get_state()
     devices = {p.device for p in itertools.chain(model.parameters(), model.buffers()) if p.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def run(model: nn.Module, example: Example) -> Any:

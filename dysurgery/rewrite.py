@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from dysurgery import graph as graphs_of
@@ -150,7 +151,8 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
 
     paths = [site.path for site in plan.chosen]
     undo: Callable[[], None] = lambda: None  # noqa: E731
-    with undisturbed(model, plan.settings.seed):
+    # What is made in inference mode could never be trained.
+    with undisturbed(model, plan.settings.seed), torch.inference_mode(False):
         if plan.settings.as_graph:
             result = rewrite_graphs(duplicate(model), plan.graph.fixed, paths, build, linear=plan.selection.linear)
         elif in_place:
