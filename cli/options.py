@@ -84,6 +84,7 @@ def plan_options(command: Command) -> Command:
             help="Only these kinds, separated by commas.",
         ),
         click.option("--linear", is_flag=True, help="Linear layers too (the paper's dynamic perceptron)."),
+        click.option("--fold", is_flag=True, help="Also layers under weight_norm, pruning ...: fold that for good."),
         click.option(
             "--start",
             type=click.Choice(list(STARTS)),
@@ -129,11 +130,11 @@ def make_plan(built: BuiltModel, options: Mapping[str, Any], plan_file: str | No
     """Return the plan that the options, or the edited plan in ``plan_file``, describe."""
     example = example_of(built)
     if plan_file is None:
-        names = ("k", "reduction", "gate", "layers", "include", "exclude", "linear", "start", "spread", "seed")
+        names = ("k", "reduction", "gate", "layers", "include", "exclude", "linear", "fold", "start", "spread", "seed")
         kinds = [kind.strip() for kind in options["kinds"].split(",")]
         return plan(built.model, example, kinds=kinds, **{name: options[name] for name in names})
     context = click.get_current_context()
-    shaping = ("k", "reduction", "gate", "layers", "include", "exclude", "kinds", "linear", "start", "spread")
+    shaping = ("k", "reduction", "gate", "layers", "include", "exclude", "kinds", "linear", "fold", "start", "spread")
     given = [name for name in shaping if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
         raise UsageError(f"--plan says it all: drop {', '.join(f'--{name}' for name in given)}, or edit the plan")

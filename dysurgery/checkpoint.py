@@ -24,7 +24,7 @@ from dysurgery import models
 from dysurgery._version import __version__
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.files import sync
-from dysurgery.nn import HANDLERS, DynamicLayer, temperature
+from dysurgery.nn import DynamicLayer, folded, handler, temperature
 from dysurgery.rewrite import graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
 
@@ -234,9 +234,11 @@ def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str
     """Put fresh dynamic layers where the config says."""
 
     def build(static: nn.Module, path: str) -> DynamicLayer:
-        if type(static) not in HANDLERS:
+        static = folded(static)
+        counterpart = handler(static)
+        if counterpart is None:
             raise DysurgeryError(f"{folder} does not fit: {path} is a {type(static).__name__}, no convolution")
-        return HANDLERS[type(static)].like(static, **config.layers[path]).train(static.training)
+        return counterpart.like(static, **config.layers[path]).train(static.training)
 
     known = dict(model.named_modules(remove_duplicate=False))
     if config.graphs:

@@ -93,33 +93,45 @@ def gate_parameters(channels: int, hidden: int, k: int) -> int:
     return channels * hidden + hidden + hidden * k + k
 
 
-def static_mult_adds(weight_shape: tuple[int, ...], calls: Iterable[Call]) -> int:
-    """Return the Mult-Adds of the calls of a static layer, batch included: output positions times weights."""
+def static_mult_adds(weight_shape: tuple[int, ...], calls: Iterable[Call], transposed: bool = False) -> int:
+    """Return the Mult-Adds of the calls of a static layer, batch included: positions times weights.
+
+    The positions are those of the output, or of the input if ``transposed``.
+    """
     weights = math.prod(weight_shape)
-    return sum(math.prod(call.output_shape) // weight_shape[0] * weights for call in calls)
+    shapes = [call.input_shape if transposed else call.output_shape for call in calls]
+    return sum(math.prod(shape) // weight_shape[0] * weights for shape in shapes)
 
 
 def dynamic_mult_adds(
-    weight_shape: tuple[int, ...], bias: bool, calls: Iterable[Call], *, channels: int, k: int, hidden: int
+    weight_shape: tuple[int, ...],
+    biases: int,
+    calls: Iterable[Call],
+    *,
+    channels: int,
+    k: int,
+    hidden: int,
+    transposed: bool = False,
 ) -> MultAdds:
     """Return the Mult-Adds of the calls of a dynamic layer, batch included.
 
     Args:
         weight_shape: shape of one kernel.
-        bias: whether there is a bias bank.
+        biases: number of biases beside one kernel.
         calls: the calls.
         channels: Cin, the width of the pooled descriptor.
         k: number of kernels K.
         hidden: hidden width of the attention.
+        transposed: whether it is a transposed convolution.
     """
     calls = tuple(calls)
-    per_kernel = math.prod(weight_shape) + (weight_shape[0] if bias else 0)
+    per_kernel = math.prod(weight_shape) + biases
     # An input without a batch dimension is one sample; a Linear on (B, Cin) has nothing to pool.
     dims = len(weight_shape)
     samples = sum(call.input_shape[0] if len(call.input_shape) >= dims else 1 for call in calls)
     pooled = sum(math.prod(call.input_shape) for call in calls if dims > 2 or len(call.input_shape) > 2)
     return MultAdds(
-        base=static_mult_adds(weight_shape, calls),
+        base=static_mult_adds(weight_shape, calls, transposed),
         pooling=pooled,
         attention=samples * (channels * hidden + hidden * k),
         aggregation=samples * k * per_kernel,
@@ -176,11 +188,12 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             call = Call(tuple(args[0].shape), tuple(output.shape))
             mult_adds = dynamic_mult_adds(
                 module.weight_shape,
-                module.bias_bank is not None,
+                0 if module.bias_bank is None else module.out_channels,
                 (call,),
                 channels=module.gate.fc1.in_features,
                 k=module.k,
                 hidden=module.gate.fc1.out_features,
+                transposed=module.transposed,
             )
         else:
             mult_adds = MultAdds(base=self._counted.pop(id(module), 0))

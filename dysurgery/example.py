@@ -4,7 +4,6 @@ Everything that runs the caller's model runs a :func:`shadow` of it, :func:`undi
 models write theirs in forward), its buffers and the random state stay as they were.
 """
 
-import copy
 import dataclasses
 import itertools
 import random
@@ -21,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dysurgery.errors import DysurgeryError, UsageError, sentence
+from dysurgery.nn import DynamicLayer, duplicate
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 """One tensor, a tuple of positional arguments, or a dict of keyword arguments."""
@@ -53,7 +53,10 @@ def batch_size(example: Example) -> int:
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` in eval mode that shares nothing with it, to run and to trace.
+    """Return a copy of ``model`` in eval mode, to run and to trace.
+
+    It shares the parameters of dynamic layers, the bulk of a converted model, and nothing else: no code but that of
+    those layers knows them, while some models write their own parameters in forward.
 
     Raises:
         UsageError: if it has lazy layers that have no weights yet.
@@ -65,19 +68,11 @@ def shadow(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has lazy layers without weights ({', '.join(lazy[:3])}): run it once on an input, "
             "and remove those that it never calls"
         )
+    dynamic = [module for module in model.modules() if isinstance(module, DynamicLayer)]
     try:
-        copied = copy.deepcopy(model)
+        copied = duplicate(model, {id(p): p for layer in dynamic for p in layer.parameters()})
     except Exception as error:
-        held = [
-            f"{path}.{name}".removeprefix(".")
-            for path, module in model.named_modules()
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor) and not value.is_leaf
-        ]
-        way_out = f"; run it once under torch.no_grad(): gradients hang on {', '.join(held[:3])}" if held else ""
-        raise DysurgeryError(
-            f"{type(model).__name__} cannot be copied (copy.deepcopy: {sentence(error)}){way_out}"
-        ) from error
+        raise DysurgeryError(f"{type(model).__name__} cannot be copied (copy.deepcopy: {sentence(error)})") from error
     shared = {id(module) for module in model.modules()}
     if own := [type(module).__name__ for module in copied.modules() if id(module) in shared]:
         raise DysurgeryError(

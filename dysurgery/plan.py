@@ -35,6 +35,8 @@ class Settings:
         seed: of the attention's weights and the noise.
         as_graph: whether the result is a GraphModule, with functional convolutions and single calls as sites; where
             the tracer cannot go through the whole model, the parts that it can become GraphModules.
+        fold: whether chosen layers whose weight is computed before each call (weight_norm, spectral_norm, pruning,
+            parametrizations) are made plain first: training goes on without that. Otherwise they stay static.
 
     Raises:
         UsageError: for a value out of range, or a start that would change the function under this gate.
@@ -47,6 +49,7 @@ class Settings:
     spread: float = DEFAULT_SPREAD
     seed: int = 0
     as_graph: bool = False
+    fold: bool = False
 
     def __post_init__(self) -> None:
         if self.k < 2:
@@ -140,13 +143,15 @@ def plan(
     spread: float = DEFAULT_SPREAD,
     seed: int = 0,
     as_graph: bool = False,
+    fold: bool = False,
 ) -> Plan:
     """Decide what a conversion of ``model`` would do, and predict its cost. Nothing is touched.
 
     Args:
         model: any network with convolutions.
         example: what it is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
-        k: see :class:`Settings`, as for ``reduction``, ``gate``, ``start``, ``spread``, ``seed`` and ``as_graph``.
+        k: see :class:`Settings`, as for ``reduction``, ``gate``, ``start``, ``spread``, ``seed``, ``as_graph`` and
+            ``fold``.
         reduction: see ``k``.
         gate: see ``k``.
         layers: see :class:`dysurgery.select.Selection`, as for ``include``, ``exclude``, ``kinds`` and ``linear``.
@@ -158,12 +163,13 @@ def plan(
         spread: see ``k``.
         seed: see ``k``.
         as_graph: see ``k``.
+        fold: see ``k``.
 
     Raises:
         UsageError: for a value out of range or a pattern that matches nothing.
         DysurgeryError: if the model does not run on the example.
     """
-    settings = Settings(k, reduction, gate, start, spread, seed, as_graph)
+    settings = Settings(k, reduction, gate, start, spread, seed, as_graph, fold)
     selection = Selection(layers, _several(include), _several(exclude), _several(kinds), linear)
     return assemble(model, example, settings, selection)
 
@@ -176,7 +182,7 @@ def assemble(
     overrule: Callable[[tuple[Decision, ...]], tuple[Decision, ...]] = lambda decisions: decisions,
 ) -> Plan:
     """Trace the model, decide by the rules, let ``overrule`` change the decisions, and predict the cost."""
-    graph = trace(model, example, linear=selection.linear, as_graph=settings.as_graph)
+    graph = trace(model, example, linear=selection.linear, as_graph=settings.as_graph, fold=settings.fold)
     decisions = overrule(select(graph, selection))
     before = cost(model, example)
     costs = {entry.path: entry for entry in before.sites}
@@ -201,11 +207,11 @@ def _several(value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _static_parameters(site: ConvSite) -> int:
-    return math.prod(site.weight_shape) + (site.weight_shape[0] if site.bias else 0) if site.weight_shape else 0
+    return math.prod(site.weight_shape) + site.biases if site.weight_shape else 0
 
 
 def _base(site: ConvSite) -> int:
-    return static_mult_adds(site.weight_shape, site.calls) if site.weight_shape else 0
+    return static_mult_adds(site.weight_shape, site.calls, site.transposed) if site.weight_shape else 0
 
 
 def _hidden(site: ConvSite, settings: Settings) -> int:
@@ -214,11 +220,16 @@ def _hidden(site: ConvSite, settings: Settings) -> int:
 
 def _dynamic_parameters(site: ConvSite, settings: Settings) -> int:
     gate = gate_parameters(site.channels, _hidden(site, settings), settings.k)
-    return settings.k * _static_parameters(site) + gate
+    return settings.k * _static_parameters(site) + site.kept + gate
 
 
 def _dynamic(site: ConvSite, settings: Settings) -> MultAdds:
-    hidden = _hidden(site, settings)
     return dynamic_mult_adds(
-        site.weight_shape, site.bias, site.calls, channels=site.channels, k=settings.k, hidden=hidden
+        site.weight_shape,
+        site.biases,
+        site.calls,
+        channels=site.channels,
+        k=settings.k,
+        hidden=_hidden(site, settings),
+        transposed=site.transposed,
     )

@@ -24,6 +24,7 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
     "spread": (float, int),
     "seed": (int,),
     "as_graph": (bool,),
+    "fold": (bool,),
 }
 _SELECTION: dict[str, tuple[type, ...]] = {
     "layers": (str,),

@@ -19,12 +19,12 @@ from dysurgery import graph as graphs_of
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.example import Example, run, shadow, undisturbed
 from dysurgery.graph import join
-from dysurgery.nn import HANDLERS, DynamicLayer
+from dysurgery.nn import DynamicLayer, duplicate, folded, handler
 from dysurgery.nn.bank import DEFAULT_SPREAD
 from dysurgery.plan import Plan
 from dysurgery.plan import plan as make_plan
 from dysurgery.select import KINDS
-from dysurgery.trace import functional_arguments, site_nodes
+from dysurgery.trace import UNTRANSPOSED, functional_arguments, site_nodes
 from dysurgery.verify import difference, layers_that_run, random_batch, tolerance
 
 
@@ -63,6 +63,7 @@ def convert(
     spread: float = DEFAULT_SPREAD,
     seed: int = 0,
     as_graph: bool = False,
+    fold: bool = False,
 ) -> nn.Module:
     """Return ``model`` with its convolutions made dynamic, computing what it did.
 
@@ -83,6 +84,7 @@ def convert(
         spread: see ``k``.
         seed: see ``k``.
         as_graph: see ``k``.
+        fold: see ``k``.
 
     Returns:
         A network of the same class, in the same mode, on the same device; a GraphModule with ``as_graph``. Its
@@ -114,6 +116,7 @@ def convert(
             spread=spread,
             seed=seed,
             as_graph=as_graph,
+            fold=fold,
         )
     return carry_out(plan, model, in_place=in_place).model
 
@@ -126,7 +129,7 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
         if not any(planned.site.dynamic for planned in plan.sites):
             raise UsageError(f"nothing is selected in {type(model).__name__}: {plan.reasons()}")
         warnings.warn(f"nothing to convert in {type(model).__name__}: {plan.reasons()}", stacklevel=3)
-        return Conversion(model if in_place else copy.deepcopy(model), plan, 0.0, 0.0)
+        return Conversion(model if in_place else duplicate(model), plan, 0.0, 0.0)
     _check_fits(plan, model)
 
     inputs = random_batch(model, plan.example, plan.settings.seed)
@@ -134,8 +137,10 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
     expected = [run(shadow(model).train(mode), inputs) for mode in modes]
 
     def build(static: nn.Module, path: str) -> DynamicLayer:
-        settings = plan.settings
-        return HANDLERS[type(static)].from_static(
+        static, settings = folded(static), plan.settings
+        counterpart = handler(static)
+        assert counterpart is not None, path
+        return counterpart.from_static(
             static,
             k=settings.k,
             reduction=settings.reduction,
@@ -149,7 +154,7 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
     # What is made in inference mode could never be trained.
     with undisturbed(model, plan.settings.seed), torch.inference_mode(False):
         if plan.settings.as_graph:
-            result = rewrite_graphs(copy.deepcopy(model), plan.graph.fixed, paths, build, linear=plan.selection.linear)
+            result = rewrite_graphs(duplicate(model), plan.graph.fixed, paths, build, linear=plan.selection.linear)
         elif in_place:
             result, undo = graft_in_place(model, paths, build)
         else:
@@ -169,7 +174,7 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for site in plan.chosen:
         static = model if site.module is None else modules.get(site.module)
-        weight = None if static is None else static._parameters.get("weight")
+        weight = None if static is None else folded(static)._parameters.get("weight")
         if static is None or (site.module is not None and (weight is None or weight.shape != site.weight_shape)):
             raise UsageError(f"the plan was made for another model: {type(model).__name__} has no such {site.path!r}")
 
@@ -185,7 +190,7 @@ def graft(model: nn.Module, paths: Sequence[str], build: Build) -> nn.Module:
     """
     layers = {id(static := model.get_submodule(path)): (static, build(static, path)) for path in paths}
     memo: dict[int, Any] = {identity: layer for identity, (_, layer) in layers.items()}
-    copied: nn.Module = copy.deepcopy(model, memo)
+    copied = duplicate(model, memo)
     for static, layer in layers.values():
         _carry_over(static, layer, lambda value: copy.deepcopy(value, memo))
     return copied
@@ -214,6 +219,7 @@ def graft_in_place(model: nn.Module, paths: Sequence[str], build: Build) -> tupl
 
 def _carry_over(static: nn.Module, layer: DynamicLayer, carry: Callable[[Any], Any]) -> None:
     """Give ``layer`` the hooks and the extra attributes of ``static``, each through ``carry``."""
+    static = folded(static)
     for name, value in vars(static).items():
         # The flag is of the backward hooks: without it they are never called.
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")) or (
@@ -271,7 +277,7 @@ def _replace_node(drawn: fx.GraphModule, node: fx.Node, name: str, build: Build,
         node.target = name
         return
     arguments = functional_arguments(node)
-    drawn.add_submodule(name, build(_as_module(drawn, arguments), path))
+    drawn.add_submodule(name, build(_as_module(drawn, UNTRANSPOSED[node.target], arguments), path))
     with drawn.graph.inserting_before(node):
         call = drawn.graph.call_module(name, (arguments["input"],))
     node.replace_all_uses_with(call)
@@ -281,15 +287,15 @@ def _replace_node(drawn: fx.GraphModule, node: fx.Node, name: str, build: Build,
             drawn.graph.erase_node(parameter)
 
 
-def _as_module(drawn: fx.GraphModule, arguments: Mapping[str, Any]) -> nn.Conv2d:
-    """Return the Conv2d module that computes what the functional call does, on the same parameters."""
+def _as_module(drawn: fx.GraphModule, kind: Any, arguments: Mapping[str, Any]) -> nn.Module:
+    """Return the module of class ``kind`` that computes what the functional call does, on the same parameters."""
     weight: nn.Parameter = attrgetter(str(arguments["weight"].target))(drawn)
     bias = None if arguments.get("bias") is None else attrgetter(str(arguments["bias"].target))(drawn)
     groups = arguments.get("groups", 1)
-    module = nn.Conv2d(
+    module: nn.Module = kind(
         weight.shape[1] * groups,
         weight.shape[0],
-        (weight.shape[2], weight.shape[3]),
+        tuple(weight.shape[2:]),
         arguments.get("stride", 1),
         arguments.get("padding", 0),
         arguments.get("dilation", 1),

@@ -21,7 +21,7 @@ from dysurgery import graph as graphs_of
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.example import Example, batch_size, called, numbers, run, shadow, tensors, undisturbed
 from dysurgery.graph import join
-from dysurgery.nn import DynamicLayer, refusal
+from dysurgery.nn import DynamicLayer, folded, handler, refusal
 from dysurgery.watch import FUNCTIONAL, Call, Record, is_site, watch
 
 
@@ -36,12 +36,14 @@ class ConvSite:
         aliases: the other paths of the same module.
         kind: ``dense``, ``pointwise``, ``depthwise`` or ``linear``.
         operation: class or function name.
-        weight_shape: (Cout, Cin/groups, kh, kw) or (Cout, Cin).
+        weight_shape: (Cout, Cin/groups, *kernel_size), (Cin, Cout/groups, *kernel_size) if transposed, or (Cout, Cin).
         channels: Cin.
-        bias: whether it has one.
+        biases: number of its biases, Cout or 0.
         calls: the calls on the example, in order; empty if it never ran.
         dynamic: whether it is a dynamic layer already.
         refusal: why it cannot be replaced, or None.
+        transposed: whether it is a transposed convolution.
+        kept: number of its parameters that are neither weight nor bias, and that its dynamic layer keeps.
     """
 
     path: str
@@ -51,10 +53,12 @@ class ConvSite:
     operation: str
     weight_shape: tuple[int, ...]
     channels: int
-    bias: bool
+    biases: int
     calls: tuple[Call, ...]
     dynamic: bool = False
     refusal: str | None = None
+    transposed: bool = False
+    kept: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,7 +68,8 @@ class ConvSite:
     @property
     def sees_one_pixel(self) -> bool:
         """Whether every call has a 1x1 map as its input."""
-        return self.kind != "linear" and all(set(call.input_shape[2:]) == {1} for call in self.calls)
+        axes = len(self.weight_shape) - 2
+        return axes > 0 and all(set(call.input_shape[-axes:]) == {1} for call in self.calls)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,9 @@ class ConvGraph:
     batch: int
 
 
-def trace(model: nn.Module, example: Example, *, linear: bool = False, as_graph: bool = False) -> ConvGraph:
+def trace(
+    model: nn.Module, example: Example, *, linear: bool = False, as_graph: bool = False, fold: bool = False
+) -> ConvGraph:
     """Find every convolution of ``model``, with its shapes on ``example``.
 
     The model, its mode, its buffers and the random state are left as they were.
@@ -97,6 +104,7 @@ def trace(model: nn.Module, example: Example, *, linear: bool = False, as_graph:
         linear: whether Linear layers are sites too.
         as_graph: whether each call of a shared module, and each functional convolution, is a site of its own:
             only a graph can replace those.
+        fold: whether reparametrised modules may be folded, see :func:`dysurgery.nn.folded`.
 
     Raises:
         UsageError: for an example of the wrong type, or a model that is compiled, scripted or wrapped.
@@ -129,7 +137,7 @@ def trace(model: nn.Module, example: Example, *, linear: bool = False, as_graph:
     if record.functional_calls > len(functional):
         hidden = record.functional_calls - len(functional)
         notes.append(f"{hidden} call(s) of a functional convolution are inside modules that are called as a whole")
-    sites = _module_sites(copied, record, graphs, linear, as_graph)
+    sites = _module_sites(copied, record, graphs, linear, as_graph, fold)
     for path, prefix, node in functional:
         _insert(sites, _functional_site(path, graphs[prefix], node, as_graph), node, prefix)
     kept = {path: fixed.get(path, {}) for path in graphs}
@@ -154,6 +162,10 @@ def _same_outputs(a: Any, b: Any) -> bool:
         and (x.is_meta or torch.allclose(numbers(x), numbers(y), rtol=1e-3, atol=1e-3, equal_nan=True))
         for x, y in zip(left, right, strict=True)
     )
+
+
+UNTRANSPOSED: dict[Any, type[nn.Module]] = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
+"""The functional convolutions that a graph can replace, and the module that computes the same."""
 
 
 def site_nodes(graphs: Mapping[str, fx.GraphModule], linear: bool) -> dict[str, tuple[str, fx.Node]]:
@@ -185,7 +197,7 @@ def _functional_nodes(graphs: Mapping[str, fx.GraphModule]) -> Iterator[tuple[st
 
 
 def _module_sites(
-    model: nn.Module, record: Record, graphs: Mapping[str, fx.GraphModule], linear: bool, as_graph: bool
+    model: nn.Module, record: Record, graphs: Mapping[str, fx.GraphModule], linear: bool, as_graph: bool, fold: bool
 ) -> list[ConvSite]:
     names: dict[int, list[str]] = defaultdict(list)
     modules: dict[int, nn.Module] = {}
@@ -214,10 +226,12 @@ def _module_sites(
             operation=type(module).__name__,
             weight_shape=_weight_shape(module),
             channels=_channels(module),
-            bias=module._parameters.get("bias", module._parameters.get("bias_bank")) is not None,
+            biases=_biases(module),
             calls=tuple(calls),
             dynamic=isinstance(module, DynamicLayer),
-            refusal=_refusal(module, identity in record.read_elsewhere, owners),
+            refusal=_refusal(module, fold, identity in record.read_elsewhere, owners),
+            transposed=bool(getattr(module, "transposed", False)),
+            kept=sum(module.get_parameter(name).numel() for name in _kept(module)),
         )
         call_paths = [path for name in paths for path in nodes_of[name]]
         if len(call_paths) == len(calls) > 1:
@@ -230,19 +244,26 @@ def _module_sites(
     return sites
 
 
-def _refusal(module: nn.Module, read_elsewhere: bool, owners: Counter[int]) -> str | None:
+def _refusal(module: nn.Module, fold: bool, read_elsewhere: bool, owners: Counter[int]) -> str | None:
     if isinstance(module, DynamicLayer):
         return None
-    why = refusal(module)
+    plain = folded(module) if fold else module
+    why = refusal(plain)
     if why is None and read_elsewhere:
         why = "its weight or bias is read outside its own call"
     if why is None and any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None):
         why = "its weight or bias is tied to another module's"
-    if why is None and (module._modules or module._buffers or module._parameters.keys() - {"weight", "bias"}):
+    known = {"weight", "bias", *_kept(plain)}
+    if why is None and (plain._modules or plain._buffers or plain._parameters.keys() - known):
         why = "it holds parameters, buffers or modules beside its weight and bias"
-    if why is None and (module._state_dict_hooks or module._load_state_dict_pre_hooks):
+    if why is None and (plain._state_dict_hooks or plain._load_state_dict_pre_hooks):
         why = "it has state_dict hooks, which are about the keys of its weight and bias"
     return why
+
+
+def _kept(module: nn.Module) -> tuple[str, ...]:
+    counterpart = handler(module)
+    return () if counterpart is None else counterpart.kept
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
@@ -254,6 +275,13 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 def _channels(module: nn.Module) -> int:
     return int(getattr(module, "in_channels", getattr(module, "in_features", 0)))
+
+
+def _biases(module: nn.Module) -> int:
+    if isinstance(module, DynamicLayer):
+        return 0 if module.bias_bank is None else module.out_channels
+    bias = getattr(module, "bias", None)
+    return 0 if bias is None else int(getattr(module, "out_channels", getattr(module, "out_features", 0)))
 
 
 def kind_of(module: nn.Module) -> str:
@@ -276,7 +304,7 @@ def _functional_site(path: str, drawn: fx.GraphModule, node: fx.Node, as_graph: 
     source = arguments["input"].meta.get("shape", ())
     channels = source[1] if len(source) > 1 else 0
     why = None
-    if node.target is not F.conv2d:
+    if node.target not in UNTRANSPOSED:
         why = f"no handler for torch.nn.functional.{getattr(node.target, '__name__', node.target)}"
     elif not (_is_parameter(drawn, weight) and (bias is None or _is_parameter(drawn, bias))):
         why = "its weight is computed in forward, or no parameter"
@@ -284,9 +312,10 @@ def _functional_site(path: str, drawn: fx.GraphModule, node: fx.Node, as_graph: 
         why = "its weight is read outside its own call"
     elif not as_graph:
         why = "functional call: only a graph can replace it (as_graph=True)"
+    biases = shape[0] if shape and bias is not None else 0
     calls = (Call(source, node.meta["shape"]),) if source and "shape" in node.meta else ()
     kind = _kind(shape, arguments.get("groups", 1), channels)
-    return ConvSite(path, None, (), kind, "functional", shape, channels, bias is not None, calls, refusal=why)
+    return ConvSite(path, None, (), kind, "functional", shape, channels, biases, calls, refusal=why)
 
 
 def _is_parameter(drawn: fx.GraphModule, node: Any) -> bool:

@@ -2,7 +2,7 @@
 
     python benchmarks/finetune/study.py run INPUTS RUNS [ROW ...]    # what RUNS does not hold yet; goes on
     python benchmarks/finetune/study.py show                         # the command of every row
-    python benchmarks/finetune/study.py collect RUNS                 # into results.json, the tables of README.md, gain.png
+    python benchmarks/finetune/study.py collect RUNS             # results.json, tables of README.md, gain.png
 
 INPUTS is a folder with ``cifar10/`` and ``flowers/`` (folders of images with train/ and val/),
 ``resnet20_cifar10.safetensors`` and ``keras_mobilenetv1_025_224.safetensors``. Rows of the group ``ablation`` start

@@ -4,11 +4,12 @@ Every way takes ``(x, pi, bank, bias_bank, geometry)`` and computes, for sample 
 ``bias_b = sum_k pi_bk bias_k`` and ``y_b = conv(x_b, W_b) + bias_b`` (Chen et al., CVPR 2020, section 3). A new way
 is a function entered in :data:`WAYS`, and a line in :func:`choose`; the layers call :func:`convolve` and see no more.
 
-Shapes: x (B, Cin, H, W), pi (B, K), bank (K, Cout * Cin/groups * kh * kw), bias_bank (K, Cout), y (B, Cout, H', W').
+Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
+(K, Cout), y (B, Cout, *size').
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,21 @@ from torch.nn import functional as F
 
 
 class Geometry(NamedTuple):
-    """What :func:`torch.nn.functional.conv2d` needs to know beside its tensors; zero padding only."""
+    """What torch's convolutions need to know beside their tensors; zero padding only, one entry for each axis."""
 
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
+    weight_shape: tuple[int, ...]
+    """(Cout, Cin/groups, *kernel_size), or (Cin, Cout/groups, *kernel_size) if transposed."""
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
     groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def out_channels(self) -> int:
+        """Cout."""
+        return self.weight_shape[1] * self.groups if self.transposed else self.weight_shape[0]
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
@@ -38,38 +46,49 @@ def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geomet
     """One ordinary convolution, for at most one sample."""
     # The sum is pi itself for one sample, and zeros of the right shape for an empty batch.
     pi = pi.sum(dim=0, keepdim=True)
-    weight = mix(pi, bank).view(geometry.out_channels, -1, *geometry.kernel_size)
+    weight = mix(pi, bank).view(geometry.weight_shape)
     bias = None if bias_bank is None else mix(pi, bias_bank).view(-1)
-    _, _, stride, padding, dilation, groups = geometry
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _convolution(x, weight, bias, geometry, geometry.groups)
 
 
 def matmul(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One batched matrix product, for 1x1 kernels without padding; keeps NCHW and channels_last as they come."""
-    row, column = geometry.stride
-    if (row, column) != (1, 1):
-        x = x[:, :, ::row, ::column]
-    batch, channels, height, width = x.shape
+    if any(step != 1 for step in geometry.stride):
+        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
+    batch, channels, *size = x.shape
+    positions = x.shape[2:].numel()
     weight = mix(pi, bank).view(batch, geometry.out_channels, channels)
     bias = None if bias_bank is None else mix(pi, bias_bank)
     if x.stride(1) == 1:
         # channels_last: pixels are rows, so that nothing is copied.
-        rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        rows = x.movedim(1, -1).reshape(batch, positions, channels)
         y = _product(rows, weight.transpose(1, 2), None if bias is None else bias.unsqueeze(1))
-        return y.view(batch, height, width, geometry.out_channels).permute(0, 3, 1, 2)
-    y = _product(weight, x.reshape(batch, channels, height * width), None if bias is None else bias.unsqueeze(2))
-    return y.view(batch, geometry.out_channels, height, width)
+        return y.view(batch, *size, geometry.out_channels).movedim(-1, 1)
+    y = _product(weight, x.reshape(batch, channels, positions), None if bias is None else bias.unsqueeze(2))
+    return y.view(batch, geometry.out_channels, *size)
 
 
 def grouped(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One convolution with B * groups groups over all samples side by side: covers every geometry."""
-    out_channels, kernel_size, stride, padding, dilation, groups = geometry
     batch, channels = x.shape[:2]
-    weight = mix(pi, bank).view(batch * out_channels, channels // groups, *kernel_size)
+    rows, *kernel = geometry.weight_shape
+    weight = mix(pi, bank).view(batch * rows, *kernel)
     bias = None if bias_bank is None else mix(pi, bias_bank).view(-1)
-    side_by_side = x.reshape(1, batch * channels, *x.shape[2:])
-    y = F.conv2d(side_by_side, weight, bias, stride, padding, dilation, batch * groups)
-    return y.view(batch, out_channels, *y.shape[2:])
+    y = _convolution(x.reshape(1, batch * channels, *x.shape[2:]), weight, bias, geometry, batch * geometry.groups)
+    return y.view(batch, geometry.out_channels, *y.shape[2:])
+
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
+    """Run torch's own convolution of this geometry, with another number of groups."""
+    _, stride, padding, dilation, _, transposed, output_padding = geometry
+    convolutions: Any = _TRANSPOSED if transposed else _CONVOLUTIONS
+    order = (output_padding, groups, dilation) if transposed else (dilation, groups)
+    y: Tensor = convolutions[x.dim() - 3](x, weight, bias, stride, padding, *order)
+    return y
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,8 +102,9 @@ def choose(x: Tensor, geometry: Geometry) -> str:
     """Return the name of the way for this input: from static facts only, so that it compiles without a graph break."""
     if x.shape[0] <= 1:
         return "single"
-    unpadded = geometry.padding in ((0, 0), "valid", "same")  # 'same' pads a 1x1 kernel by nothing
-    if geometry.kernel_size == (1, 1) and geometry.groups == 1 and unpadded:
+    unpadded = geometry.padding in ("valid", "same") or not any(geometry.padding)  # 'same' pads a 1x1 by nothing
+    pointwise = all(size == 1 for size in geometry.weight_shape[2:])
+    if pointwise and geometry.groups == 1 and unpadded and not geometry.transposed:
         return "matmul"
     return "grouped"
 

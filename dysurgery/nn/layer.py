@@ -8,7 +8,7 @@ import math
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dysurgery.errors import UsageError
 from dysurgery.nn import bank
@@ -25,6 +25,7 @@ class DynamicLayer(nn.Module):
         channels: channels of the input, which the gate sees pooled.
         weight_shape: shape of one static weight.
         bias: whether there is a bias bank.
+        out_channels: Cout, the width of the bias bank.
         k: number of kernels K, at least 1.
         reduction: see :class:`dysurgery.nn.Gate`.
         gate: a name in :data:`dysurgery.nn.attention.GATES`.
@@ -36,7 +37,16 @@ class DynamicLayer(nn.Module):
     """
 
     replaces: ClassVar[type[nn.Module]]
-    """The static class whose instances this layer can stand for (not its subclasses: they may compute otherwise)."""
+    """The static class whose instances this layer can stand for, see :func:`dysurgery.nn.handlers.handler`."""
+
+    exact_starts: ClassVar[tuple[str, ...]] = tuple(bank.STARTS)
+    """The starts that preserve the function of this kind of layer."""
+
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Parameters beside weight and bias, which the K kernels share as the static layer has them."""
+
+    transposed: bool = False
+    """Whether the kernels are (Cin, Cout/groups, ...) and spread each input over the output."""
 
     bias_bank: nn.Parameter | None
 
@@ -46,6 +56,7 @@ class DynamicLayer(nn.Module):
         weight_shape: tuple[int, ...],
         bias: bool,
         *,
+        out_channels: int,
         k: int,
         reduction: int,
         gate: str,
@@ -57,9 +68,10 @@ class DynamicLayer(nn.Module):
         super().__init__()
         self.k = k
         self.weight_shape = weight_shape
+        self.out_channels = out_channels
         self.bank = nn.Parameter(torch.empty(k, math.prod(weight_shape), device=device, dtype=dtype))
         if bias:
-            self.bias_bank = nn.Parameter(torch.empty(k, weight_shape[0], device=device, dtype=dtype))
+            self.bias_bank = nn.Parameter(torch.empty(k, out_channels, device=device, dtype=dtype))
         else:
             self.register_parameter("bias_bank", None)
         self.gate = gate_class(gate)(channels, k, reduction, device=device, dtype=dtype)
@@ -109,6 +121,11 @@ class DynamicLayer(nn.Module):
         """
         start = start or bank.default_start(gate_class(gate))
         bank.check_start(start, gate_class(gate))
+        if start not in cls.exact_starts:
+            raise UsageError(
+                f"start {start!r} does not preserve what a {cls.replaces.__name__} computes: use start 'copies' with "
+                "the softmax gate, or exclude these layers"
+            )
         layer = cls.like(static, k=k, reduction=reduction, gate=gate)
         weight, bias = static.get_parameter("weight"), static._parameters["bias"]
         bank.fill(layer.bank, layer.bias_bank, layer.gate, weight, bias, start, spread)
@@ -116,7 +133,15 @@ class DynamicLayer(nn.Module):
         layer.gate.requires_grad_(weight.requires_grad)
         if layer.bias_bank is not None and bias is not None:
             layer.bias_bank.requires_grad_(bias.requires_grad)
+        with torch.no_grad():
+            for name in cls.kept:
+                parameter = static.get_parameter(name)
+                layer.get_parameter(name).requires_grad_(parameter.requires_grad).copy_(parameter)
         return layer.train(static.training)
+
+    def kernels(self) -> Tensor:
+        """Return the kernels that are mixed, (K, weights of one kernel): the bank, unless the layer transforms it."""
+        return self.bank
 
     def options(self) -> dict[str, Any]:
         """Return the arguments that :meth:`like` needs to build this layer again."""

@@ -42,7 +42,17 @@ class DynamicLinear(DynamicLayer):
         dtype: Any = None,
     ) -> None:
         shape = (out_features, in_features)
-        super().__init__(in_features, shape, bias, k=k, reduction=reduction, gate=gate, device=device, dtype=dtype)
+        super().__init__(
+            in_features,
+            shape,
+            bias,
+            out_channels=out_features,
+            k=k,
+            reduction=reduction,
+            gate=gate,
+            device=device,
+            dtype=dtype,
+        )
         self.in_features = in_features
         self.out_features = out_features
 
@@ -69,7 +79,7 @@ class DynamicLinear(DynamicLayer):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         rows = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
         pi = self.gate(rows.mean(dim=1))
-        y = execution.linear(rows, pi, self.bank, self.bias_bank)
+        y = execution.linear(rows, pi, self.kernels(), self.bias_bank)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dysurgery import set_temperature
-from dysurgery.nn import DynamicConv2d, DynamicConv2dSame, DynamicLinear
+from dysurgery.nn import DynamicConv2d, DynamicConv2dSame, DynamicConvTranspose2d, DynamicLinear, handler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same.:UserWarning")  # torch, of even kernels
 
@@ -141,14 +141,56 @@ def test_copies_preserve_the_function_at_any_temperature_and_attention(tau):
     torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [(7, 7), (8, 11), (5, 6)])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize(("kernel", "groups"), [(3, 1), ((5, 2), 4), (1, 1)])
-def test_the_padding_of_tensorflow_is_kept(size, stride, kernel, groups):
-    static = Conv2dSame(4, 8, kernel, stride=stride, dilation=1 if stride > 1 else 2, groups=groups).double()
-    layer = DynamicConv2dSame.from_static(static, k=3)
-    x = torch.randn(2, 4, *size, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), static(x), rtol=1e-12, atol=1e-12)
+@st.composite
+def other_convolutions(draw):
+    """A convolution over one or three axes, or a transposed one, and the shape of an input for it."""
+    axes, transposed = draw(st.sampled_from([(1, False), (3, False), (1, True), (2, True), (3, True)]))
+    groups = draw(st.integers(1, 3))
+    channels = groups * draw(st.integers(1, 2))
+    each = {name: tuple(draw(st.integers(*ends)) for _ in range(axes)) for name, ends in OPTIONS.items()}
+    options = {"groups": groups, "bias": draw(st.booleans()), **each}
+    if transposed:
+        # torch wants it below the stride or the dilation.
+        options["output_padding"] = tuple(draw(st.integers(0, stride - 1)) for stride in each["stride"])
+    else:
+        options["padding_mode"] = draw(st.sampled_from(PADDING_MODES))
+    kind = getattr(nn, f"Conv{'Transpose' * transposed}{axes}d")
+    size = [draw(st.integers(5, 7)) for _ in range(axes)]
+    out_channels = groups * draw(st.integers(1, 2))
+    return kind(channels, out_channels, **options), (draw(st.integers(0, 3)), channels, *size)
+
+
+OPTIONS = {"kernel_size": (1, 3), "stride": (1, 3), "padding": (0, 2), "dilation": (1, 2)}
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(other_convolutions(), st.sampled_from(EXACT_STARTS), st.booleans())
+def test_convolutions_of_other_axes_and_transposed_ones_are_kept_too(case, how, last):
+    static, shape = case
+    static = static.double()
+    layer = handler(static).from_static(static, k=3, gate=how[0], start=how[1])
+    x = torch.randn(shape, dtype=torch.float64)
+    if last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    try:
+        expected = static(x)
+    except RuntimeError:  # a kernel larger than its input: the layer must not say otherwise
+        with pytest.raises(RuntimeError):
+            layer(x)
+        return
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    if len(x):
+        torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-12, atol=1e-12)
+    assert type(layer).like(static, **layer.options()).state_dict().keys() == layer.state_dict().keys()
+
+
+def test_a_transposed_convolution_takes_an_output_size():
+    static = nn.ConvTranspose2d(4, 3, 3, stride=3, padding=1).double()
+    layer = DynamicConvTranspose2d.from_static(static, k=2)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    for size in ([14, 15], [2, 3, 13, 14]):
+        torch.testing.assert_close(layer(x, size), static(x, size), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x[0], output_size=[14, 14]), static(x[0], output_size=[14, 14]))
 
 
 @pytest.mark.parametrize(
