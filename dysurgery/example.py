@@ -7,6 +7,7 @@ models write theirs in forward), its buffers and the random state stay as they w
 import dataclasses
 import itertools
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -124,7 +125,10 @@ def called() -> Iterator[set[int]]:
     found: set[int] = set()
     handle = register_module_forward_pre_hook(lambda module, args: found.add(id(module)))
     try:
-        yield found
+        with warnings.catch_warnings():
+            # They fire twice for a compiled module, which does not matter here.
+            warnings.filterwarnings("ignore", message=".*global hooks on modules")
+            yield found
     finally:
         handle.remove()
 

@@ -235,7 +235,7 @@ def rewrite_graphs(
 
     Args:
         model: a copy that may be changed.
-        fixed: for each subtree that has a graph, the arguments that are constant in it.
+        fixed: for each subtree whose graph computes what it does, the arguments that are constant in it.
         paths: sites as :func:`dysurgery.trace.site_nodes` names them, or modules that no graph shows.
         build: makes the layers.
         linear: whether Linear layers are sites too.
@@ -248,7 +248,7 @@ def rewrite_graphs(
     evaluated, _ = graphs_of.draw(model.eval(), fixed, linear=linear)
     for path, module in model.named_modules():
         module.training = modes[path]
-    nodes = site_nodes(evaluated, linear)
+    nodes = site_nodes({prefix: drawn for prefix, drawn in evaluated.items() if prefix in fixed}, linear)
     for prefix in dict.fromkeys(nodes[path][0] for path in paths if path in nodes):
         if prefix not in trained:
             raise DysurgeryError(f"{prefix or type(model).__name__} can be traced in eval but not in train mode")
