@@ -695,19 +695,19 @@ def test_a_model_that_cannot_be_copied_is_refused_with_what_is_in_the_way(thing)
             call(model, IMAGE)
 
 
-def test_a_model_that_keeps_an_activation_is_told_how_to_let_it_go():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_keeps_an_activation_of_an_earlier_run_is_converted(in_place):
     class Keeps(Net):
         def forward(self, x):
             self.last = super().forward(x)
             return self.last
 
     model = Keeps()
-    model(IMAGE)
-    with pytest.raises(DysurgeryError, match=r"run it once under torch.no_grad\(\): gradients hang on last"):
-        dysurgery.convert(model, IMAGE)
-    with torch.no_grad():
-        model(IMAGE)
-    assert dynamic_paths(dysurgery.convert(model, IMAGE)) == ["conv"]
+    expected = model(IMAGE)
+    dynamic = dysurgery.convert(model, IMAGE, in_place=in_place)
+    assert model.last is expected
+    assert dynamic_paths(dynamic) == ["conv"]
+    torch.testing.assert_close(dynamic(IMAGE), expected)
 
 
 def test_a_model_whose_copies_are_no_copies_is_refused():
