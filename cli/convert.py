@@ -77,9 +77,10 @@ def convert(
         report=figures,
         force=force,
     )
+    choices = f"; they are choices, which rounding alone changes by {done.rounding:.1e}" if done.rounding else ""
     console.print(
         f"Outputs on a random batch: largest difference {done.max_abs_diff:.1e}, {done.relative_diff:.1e} of the "
-        f"largest output.\nSaved to {target}",
+        f"largest output{choices}.\nSaved to {target}",
         soft_wrap=True,
     )
     write_json(figures | {"out": str(target)}, json_file)

@@ -99,7 +99,7 @@ def trace(
     The model, its mode, its buffers and the random state are left as they were.
 
     Args:
-        model: any network; it runs in eval mode.
+        model: any network; it runs in eval mode, and once in train mode to see who reads its weights.
         example: what it is called with.
         linear: whether Linear layers are sites too.
         as_graph: whether each call of a shared module, and each functional convolution, is a site of its own:
@@ -119,6 +119,7 @@ def trace(
             f"a copy of {type(model).__name__} still calls the original ({', '.join(stray[:3])}), through a lambda, a "
             "closure or a method set on the instance: make that an ordinary method"
         )
+    record.read_elsewhere |= {id(copied.get_submodule(path)) for path in _read_in_training(model, example, linear)}
     arguments = record.arguments
     fixed = graphs_of.fixed_arguments(copied, arguments)
     # Drawn with another seed than it runs with: a random number that became a constant then shows as a difference.
@@ -153,6 +154,16 @@ def _check_traceable(model: nn.Module) -> None:
         raise UsageError("the model is compiled: convert model._orig_mod, then compile the result")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise UsageError(f"the model is wrapped in {type(model).__name__}: convert model.module, then wrap the result")
+
+
+def _read_in_training(model: nn.Module, example: Example, linear: bool) -> set[str]:
+    """Return the sites whose weight is read outside their own call in train mode."""
+    copied = shadow(model).train()
+    try:
+        record = watch(copied, example, linear)
+    except DysurgeryError:  # detectors want targets then
+        return set()
+    return {path for path, module in copied.named_modules() if id(module) in record.read_elsewhere}
 
 
 def _same_outputs(a: Any, b: Any) -> bool:

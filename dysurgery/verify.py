@@ -4,6 +4,7 @@ Called by :mod:`dysurgery.rewrite` at every conversion.
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,43 @@ def random_batch(model: nn.Module, example: Example, seed: int) -> Example:
 
 def _channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def outputs(model: nn.Module, inputs: Example, modes: Sequence[bool] = (False,)) -> list[Any]:
+    """Run a copy of ``model`` in each mode (True is train), and return what it gives."""
+    return [run(shadow(model).train(mode), inputs) for mode in modes]
+
+
+def largest_difference(expected: Sequence[Any], found: Sequence[Any]) -> tuple[float, float]:
+    """Return the largest :func:`difference` of several runs."""
+    each = [difference(a, b) for a, b in zip(expected, found, strict=True)]
+    return max(absolute for absolute, _ in each), max(relative for _, relative in each)
+
+
+def rounded(model: nn.Module, paths: Iterable[str], inputs: Example) -> Any:
+    """Return the outputs of ``model`` in eval mode if the layers at ``paths`` rounded otherwise."""
+    copied = shadow(model)
+
+    def round_otherwise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * (1 + 2 * torch.finfo(output.dtype).eps * torch.randn_like(output))
+
+    for path in paths:
+        copied.get_submodule(path).register_forward_hook(round_otherwise)
+    return run(copied, inputs)
+
+
+def layers_differ(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Example) -> float:
+    """Return by how much ``layers`` differ from the modules at their paths, on what those see in ``model``."""
+    copied, worst = shadow(model), [0.0]
+    for path, layer in layers.items():
+        layer = shadow(layer)
+
+        def compare(module: nn.Module, args: Any, output: Any, layer: nn.Module = layer) -> None:
+            worst.append(difference(output, layer(*args))[1])
+
+        copied.get_submodule(path).register_forward_hook(compare)
+    run(copied, inputs)
+    return max(worst)
 
 
 def difference(expected: Any, found: Any) -> tuple[float, float]:

@@ -447,6 +447,15 @@ def test_a_weight_that_a_second_convolution_uses_stays_static():
     converted(Twice(), expect=("other",))
 
 
+def test_a_weight_that_is_read_in_train_mode_alone_stays_static():
+    class Regularised(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return (y, self.conv.weight.norm()) if self.training else y
+
+    assert reasons(Regularised())["conv"] == "its weight or bias is read outside its own call"
+
+
 def test_a_penalty_on_all_parameters_is_refused_for_it_would_be_another():
     class Penalty(Net):
         def forward(self, x):

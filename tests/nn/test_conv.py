@@ -120,7 +120,6 @@ def test_a_conversion_computes_what_the_convolution_did_at_any_temperature(case,
 
 
 def test_gradients_are_those_of_finite_differences():
-    torch.manual_seed(0)
     layer = DynamicConv2d(2, 3, 2, k=2, dtype=torch.float64)
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     names, values = zip(*layer.named_parameters(), strict=True)
@@ -131,7 +130,6 @@ def test_gradients_are_those_of_finite_differences():
 
 @pytest.mark.parametrize("tau", [1.0, 30.0, 0.3])
 def test_copies_preserve_the_function_at_any_temperature_and_attention(tau):
-    torch.manual_seed(0)
     static = nn.Conv2d(6, 8, 3).double()
     layer = DynamicConv2d.from_static(static, k=4)
     nn.init.normal_(layer.gate.fc2.weight, std=100.0)
@@ -203,7 +201,6 @@ def test_a_transposed_convolution_takes_an_output_size():
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize(("gate", "start"), EXACT_STARTS)
 def test_types_and_devices(dtype, tolerance, device, kernel, gate, start):
-    torch.manual_seed(0)
     static = nn.Conv2d(8, 8, kernel, groups=1 if kernel == 1 else 4).to(device, dtype)
     layer = DynamicConv2d.from_static(static, k=4, gate=gate, start=start)
     assert {(t.dtype, t.device) for t in layer.state_dict().values()} == {(dtype, static.weight.device)}
@@ -216,7 +213,6 @@ def test_types_and_devices(dtype, tolerance, device, kernel, gate, start):
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_autocast_computes_in_bfloat16_and_trains_in_float32(kernel, batch):
-    torch.manual_seed(0)
     static = nn.Conv2d(8, 8, kernel)
     layer = DynamicConv2d.from_static(static, k=4)
     x = torch.randn(batch, 8, 9, 9)
@@ -316,7 +312,6 @@ def test_under_copies_the_attention_wakes_up_after_one_step_and_under_zero_sum_a
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_under_sgd_the_mixed_kernel_moves_k_times_slower_than_the_static_one(k):
-    torch.manual_seed(0)
     static = nn.Conv2d(6, 8, 3).double()
     layer = DynamicConv2d.from_static(static, k=k)
     layer.gate.silence()  # pi = 1/K

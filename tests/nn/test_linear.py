@@ -55,7 +55,6 @@ def test_inputs_need_not_be_contiguous():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
 def test_types(dtype, tolerance):
-    torch.manual_seed(0)
     static = nn.Linear(8, 8, dtype=dtype)
     layer = DynamicLinear.from_static(static, k=4, start="zero-sum")
     x = torch.randn(3, 5, 8, dtype=dtype)

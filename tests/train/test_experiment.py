@@ -127,7 +127,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
 
 
 def test_a_pretrained_network_gets_a_head_for_the_data_and_loads_again(tmp_path):
-    torch.manual_seed(0)
     model = timm.create_model("mobilenetv3_small_050")
     data = image_data()
     outcome = finetune(model, data, folder_recipe(), out=tmp_path / "run")
