@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dysurgery.example import Example, batch_size, run, shadow, tensors
+from dysurgery.example import Example, batch_size, first_batch, run, shadow
 from dysurgery.nn import DynamicLayer
 from dysurgery.trace import kind_of
 from dysurgery.watch import Call, is_site
@@ -74,7 +74,7 @@ class CostReport:
         params: number of parameters, shared ones once.
         mult_adds: per image.
         sites: every convolution that ran, in run order.
-        input_shape: shape of one image, batch left out; empty if the example has no 4-D tensor.
+        input_shape: shape of one image, batch left out; empty if the example holds no batch.
     """
 
     params: int
@@ -158,14 +158,15 @@ def cost(model: nn.Module, example: Example) -> CostReport:
     for handle in handles:
         handle.remove()
 
-    batch = batch_size(example)
+    batch = batch_size(model, example)
     total, sites, paths = MultAdds(base=counter.elsewhere), [], {id(m): path for path, m in copied.named_modules()}
     for module, mult_adds in counter.sites.values():
         total += mult_adds
         dynamic = isinstance(module, DynamicLayer)
         params = count_parameters(module)
         sites.append(SiteCost(paths[id(module)], kind_of(module), dynamic, params, mult_adds // batch))
-    shape = next((tuple(t.shape[1:]) for t in tensors(example) if t.dim() >= 4), ())
+    images = first_batch(model, example)
+    shape = () if images is None else tuple(images.shape[1:])
     return CostReport(count_parameters(model), total // batch, tuple(sites), shape)
 
 

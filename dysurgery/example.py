@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from dysurgery.errors import DysurgeryError, UsageError, sentence
 from dysurgery.nn import DynamicLayer, duplicate
+from dysurgery.nn.conv import DynamicConvNd
 
 Example = Tensor | tuple[Any, ...] | dict[str, Any]
 """One tensor, a tuple of positional arguments, or a dict of keyword arguments."""
@@ -44,12 +46,22 @@ def call_arguments(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def batch_size(example: Example) -> int:
-    """Return the number of images in the example: the length of its first 4-D (or 5-D) tensor, else 1."""
+def batch_size(model: nn.Module, example: Example) -> int:
+    """Return the number of images (clips, recordings) in the example: the length of its first batch, else 1."""
+    batch = first_batch(model, example)
+    return 1 if batch is None else max(batch.shape[0], 1)
+
+
+def first_batch(model: nn.Module, example: Example) -> Tensor | None:
+    """Return the first tensor of the example that is a batch, if there is one.
+
+    A batch has at least two axes more than the model's first convolution; one of recordings may lack the channel.
+    """
+    axes = next((len(m.stride) for m in model.modules() if isinstance(m, _ConvNd | DynamicConvNd)), 2)
     for leaf in pytree.tree_leaves(call_arguments(example)):
-        if isinstance(leaf, Tensor) and leaf.dim() >= 4:
-            return max(leaf.shape[0], 1)
-    return 1
+        if isinstance(leaf, Tensor) and leaf.dim() >= (axes + 2 if axes > 1 else 2):
+            return leaf
+    return None
 
 
 def shadow(model: nn.Module) -> nn.Module:

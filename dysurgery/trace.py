@@ -142,7 +142,7 @@ def trace(
     for path, prefix, node in functional:
         _insert(sites, _functional_site(path, graphs[prefix], node, as_graph), node, prefix)
     kept = {path: fixed.get(path, {}) for path in graphs}
-    return ConvGraph(tuple(sites), graphs, kept, tuple(notes), batch_size(example))
+    return ConvGraph(tuple(sites), graphs, kept, tuple(notes), batch_size(model, example))
 
 
 def _check_traceable(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ def random_batch(model: nn.Module, example: Example, seed: int) -> Example:
 
     With two images every sample has kernels of its own, which is another way to run than for one.
     """
-    batch = batch_size(example)
+    batch = batch_size(model, example)
     generator = torch.Generator().manual_seed(seed)
 
     def fresh(tensor: Tensor, count: int) -> Tensor:
