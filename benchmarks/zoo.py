@@ -204,8 +204,9 @@ def inputs(entry: Entry, shape: tuple[int, ...], seed: int) -> tuple[Example, Ex
     return example, example
 
 
-def perturb(model: nn.Module, strength: float, training: Example) -> nn.Module:
-    """Make nothing trivial: fill what is zero or nearly so, and move the statistics of the batch that it is given."""
+def perturb(model: nn.Module, strength: float, example: Example) -> nn.Module:
+    """Make nothing trivial: fill what is zero or nearly so, and move the statistics of ``example`` a little."""
+    model.eval()
     for name, parameter in model.named_parameters():
         if parameter.numel() and parameter.abs().max() < 1e-3:  # such as a layer scale of 1e-6
             last, vector = name.rpartition(".")[2], parameter.dim() == 1
@@ -216,12 +217,12 @@ def perturb(model: nn.Module, strength: float, training: Example) -> nn.Module:
     norms = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
     momenta = [getattr(norm, "momentum", None) for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0
+        norm.train().momentum = 1.0
         if norm.weight is not None:
             norm.weight.uniform_(1 - 0.5 * strength, 1 + 0.5 * strength)
             norm.bias.normal_(0, 0.1 * strength)
-    args, kwargs = call_arguments(training)
-    model.train()(*args, **kwargs)
+    args, kwargs = call_arguments(example)
+    model(*args, **kwargs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         # A channel that hardly varies over two images would be blown up in eval mode.
@@ -255,7 +256,7 @@ def settle(entry: Entry, folder: Path) -> Subject:
         for strength in (1.0, 0.3, 0.0):
             try:
                 example, training = inputs(entry, shape, seed=0)
-                static = perturb(build(entry.name, args), strength, training)
+                static = perturb(build(entry.name, args), strength, example)
                 check_telling(static, example, training)
                 return Subject(entry, folder, args, shape, strength, static, example, training)
             except FloatingPointError as error:
@@ -417,7 +418,7 @@ def check_methods(subject: Subject) -> str:
         verdicts[name] = agree(subject.static, subject.dynamic, use, subject.example)
     try:
         features = build(subject.entry.name, {**subject.args, "features_only": True})
-        call(perturb(features, subject.strength, subject.training), subject.example)
+        call(perturb(features, subject.strength, subject.example), subject.example)
     except Exception:  # not for this family
         lacking.append("features_only")
     else:
