@@ -11,6 +11,11 @@ from huggingface_hub import constants
 os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
 constants.HF_HUB_OFFLINE = True  # for this one, which has read the variable already
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes with a thread for every core each would wait for one another.
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    torch.set_num_threads(1)
+
 torch.manual_seed(0)  # for what the test files draw when they are imported
 
 FACTORY = '''
