@@ -101,6 +101,13 @@ ROWS: dict[str, dict[str, str]] = {
             "kernels at lr x 8": "--no-control --set finetune.bank_lr=8",
             "attention at lr x 0.01": "--no-control --set finetune.attention_lr=0.01",
             "attention at lr x 1": "--no-control --set finetune.attention_lr=1",
+            "attention at lr x 4": "--no-control --set finetune.attention_lr=4",
+            "attention at lr x 1, deviation 1": "--no-control --set finetune.attention_lr=1 --set surgery.calibrate=1",
+            "attention at lr x 1, not calibrated": "--no-control --set finetune.attention_lr=1 "
+            "--set surgery.calibrate=0",
+            "attention at lr x 1, tau 1": "--no-control --set finetune.attention_lr=1 --set temperature.start=1",
+            "attention at lr x 1, kernels at lr x 8": "--no-control --set finetune.attention_lr=1 "
+            "--set finetune.bank_lr=8",
             "only the dynamic layers train": "--set finetune.train=dynamic",
             "AdamW, lr 0.001": "--set finetune.opt=adamw --set finetune.lr=0.001 --set finetune.weight_decay=0.05",
             "AdamW, lr 0.004": "--set finetune.opt=adamw --set finetune.lr=0.004 --set finetune.weight_decay=0.05",
