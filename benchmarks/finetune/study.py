@@ -56,6 +56,9 @@ ROWS: dict[str, dict[str, str]] = {
     },
     "3 narrower": {
         "narrow": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW}",
+        # Goes on from what "narrow" pretrained, one run for each seed, and is compared with the controls of "narrow".
+        "narrow, attention at lr x 1, tau 1": f"{{runs}}/narrow/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
+        f"--set val_part=odd {NARROW} --no-control --set finetune.attention_lr=1 --set temperature.start=1",
         "half": f"cifar_resnet20 --model-arg width=8 {CIFAR} {PRETRAIN} {NARROW}",
     },
     "4 from random weights": {
@@ -108,6 +111,10 @@ ROWS: dict[str, dict[str, str]] = {
             "attention at lr x 1, tau 1": "--no-control --set finetune.attention_lr=1 --set temperature.start=1",
             "attention at lr x 1, kernels at lr x 8": "--no-control --set finetune.attention_lr=1 "
             "--set finetune.bank_lr=8",
+            "attention at lr x 1, kernels at lr x 2, deviation 1": "--no-control --set finetune.attention_lr=1 "
+            "--set finetune.bank_lr=2 --set surgery.calibrate=1",
+            "attention at lr x 1, kernels at lr x 1, deviation 1.5": "--no-control --set finetune.attention_lr=1 "
+            "--set finetune.bank_lr=1 --set surgery.calibrate=1.5",
             "only the dynamic layers train": "--set finetune.train=dynamic",
             "AdamW, lr 0.001": "--set finetune.opt=adamw --set finetune.lr=0.001 --set finetune.weight_decay=0.05",
             "AdamW, lr 0.004": "--set finetune.opt=adamw --set finetune.lr=0.004 --set finetune.weight_decay=0.05",
@@ -125,20 +132,23 @@ def folder_of(row: str) -> str:
     return row.replace(", ", "-").replace(" ", "_").replace("=", "")
 
 
-def command(row: str, runs: Path) -> list[str]:
-    arguments = ROWS[group_of(row)][row].format(runs=runs)
-    return ["dysurgery", "finetune", *shlex.split(arguments), "--out", str(runs / folder_of(row))]
+def commands(row: str, runs: Path) -> dict[Path, list[str]]:
+    """Return folder -> command: one, or one for each seed where the row says so."""
+    text, folder = ROWS[group_of(row)][row], runs / folder_of(row)
+    folders = {seed: folder / f"seed-{seed}" for seed in range(3)} if "{seed}" in text else {0: folder}
+    arguments = {path: shlex.split(text.format(runs=runs, seed=seed)) for seed, path in folders.items()}
+    return {path: ["dysurgery", "finetune", *given, "--out", str(path)] for path, given in arguments.items()}
 
 
 def run(inputs: Path, runs: Path, rows: list[str]) -> None:
-    for row in rows:
-        folder = runs / folder_of(row)
+    todo = [(row, folder, command) for row in rows for folder, command in commands(row, runs).items()]
+    for row, folder, command in todo:
         if (folder / "result.json").exists():
             continue
         resume = ["--resume"] if (folder / "run.json").exists() else []
         print(row, flush=True)
         module = [sys.executable, "-m", "dysurgery.cli"]
-        done = subprocess.run([*module, *command(row, runs)[1:], *resume], cwd=inputs)
+        done = subprocess.run([*module, *command[1:], *resume], cwd=inputs)
         if done.returncode:
             print(f"{row}: exit code {done.returncode}", flush=True)
             if done.returncode < 0 or done.returncode > 128:
@@ -147,17 +157,25 @@ def run(inputs: Path, runs: Path, rows: list[str]) -> None:
 
 def collected(row: str, runs: Path) -> dict[str, Any] | None:
     """Return what a finished row came to."""
-    path = runs / folder_of(row) / "result.json"
-    if not path.exists():
+    paths = [folder / "result.json" for folder in commands(row, runs)]
+    if not all(path.exists() for path in paths):
         return None
-    result = json.loads(path.read_text())
-    last = {(e["phase"], e["seed"]): e for e in result["history"] if e["number"] == e["of"]}
-    seeds = result["seeds"]
+    results = [json.loads(path.read_text()) for path in paths]
+    result = results[0]
+    history = [epoch for each in results for epoch in each["history"]]
+    if len(results) > 1:
+        static = json.loads((runs / "narrow" / "result.json").read_text())
+        history += [epoch for epoch in static["history"] if epoch["phase"] == "control"]
+        controls = {seed["seed"]: seed["control"] for seed in static["seeds"]}
+        for each in results:
+            each["seeds"][0]["control"] = controls[each["seeds"][0]["seed"]]
+    last = {(e["phase"], e["seed"]): e for e in history if e["number"] == e["of"]}
+    seeds = [seed for each in results for seed in each["seeds"]]
 
     def each(phase: str, figure: str) -> list[float | None]:
         return [last[phase, seed["seed"]][figure] if (phase, seed["seed"]) in last else None for seed in seeds]
 
-    shown = shlex.join(command(row, Path("RUNS")))
+    shown = "; ".join(shlex.join(command) for command in commands(row, Path("RUNS")).values())
     return {
         "name": row,
         "group": group_of(row),
@@ -287,7 +305,7 @@ def main() -> None:
         run(options.inputs, options.runs.resolve(), options.rows or every)
     elif options.action == "show":
         for row in every:
-            print(f"{row}: {shlex.join(command(row, Path('RUNS')))}")
+            print(f"{row}: {'; '.join(shlex.join(command) for command in commands(row, Path('RUNS')).values())}")
     else:
         collect(options.runs)
 
