@@ -27,7 +27,7 @@ from dysurgery.example import run, shadow
 from dysurgery.models import BuiltModel, preprocessing_of
 from dysurgery.nn import DynamicLayer
 from dysurgery.train.attention import entropy_and_spread
-from dysurgery.train.data import Data, open_images, val_loader
+from dysurgery.train.data import Data, open_images, val_loader, worker_errors
 from dysurgery.train.recipe import Recipe
 
 Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
@@ -171,6 +171,26 @@ class ProbeReport:
         """The feature-map resolutions, in the order of the first layer that sees each."""
         return tuple(dict.fromkeys(layer.resolution for layer in self.layers))
 
+    @property
+    def measure(self) -> str:
+        """What the effects are read by: ``accuracy``, or without labels ``agreement``."""
+        return "agreement" if self.accuracy is None else "accuracy"
+
+    @property
+    def learned(self) -> float:
+        """The :attr:`measure` of the learned attention on all images, percent."""
+        return 100.0 if self.accuracy is None else self.accuracy
+
+    @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """Every (scope, name) that was looked at: all layers, resolutions, layers."""
+        return tuple(dict.fromkeys((effect.scope, effect.name) for effect in self.effects))
+
+    def difference(self, intervention: str, scope: str = "all", name: str = "") -> float:
+        """Return the points of :attr:`measure` against the learned attention on the same images, see :meth:`effect`."""
+        effect = self.effect(intervention, scope, name)
+        return effect.agreement - 100.0 if effect.change is None else effect.change
+
     def effect(self, intervention: str, scope: str = "all", name: str = "") -> Effect:
         """Return one effect.
 
@@ -192,7 +212,7 @@ class ProbeReport:
             return max(self.layers, key=lambda layer: layer.spread)
         known = {layer.path: layer for layer in self.layers}
         if path not in known:
-            raise _no_layer(path, known)
+            raise unknown_layer(path, known)
         return known[path]
 
     def to_json(self) -> dict[str, Any]:
@@ -264,13 +284,12 @@ def probe(
         batches, count = _given(data, images, batch_size, seed)
         classes, preprocessing = (), {}
     inspection = _Inspection(model, layer_images, classes, preprocessing, seed, count, progress)
-    for batch in batches:
-        if not labels:
-            batch = batch[0], None
-        room = batch[0].shape[0] if images is None else images - inspection.images
-        if room <= 0:
-            break
-        inspection.add(batch[0][:room], None if batch[1] is None else batch[1][:room])
+    with worker_errors():
+        for some, numbers in batches:
+            room = len(some) if images is None else images - inspection.images
+            inspection.add(some[:room], numbers[:room] if labels and numbers is not None else None)
+            if inspection.images == images:
+                break
     return inspection.report()
 
 
@@ -313,7 +332,7 @@ def intervene(
     with ExitStack() as hooks:
         for path in known if layers is None else layers:
             if path not in known:
-                raise _no_layer(path, known)
+                raise unknown_layer(path, known)
             # One other image lends its weights to all layers; kernels are shuffled anew in each.
             own = seed if change is shuffled_across else _draw(seeds)
             hook = partial(_replaced, change, torch.Generator().manual_seed(own))
@@ -330,7 +349,8 @@ def _draw(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (), generator=generator))
 
 
-def _no_layer(path: str, known: Collection[str]) -> UsageError:
+def unknown_layer(path: str, known: Collection[str]) -> UsageError:
+    """Return the error that says which layers there are instead of ``path``."""
     near = did_you_mean(path, known) or f": it has {', '.join(list(known)[:4])}{' ...' * (len(known) > 4)}"
     return UsageError(f"the network has no dynamic layer {path!r}{near}")
 
@@ -446,6 +466,12 @@ class _Inspection:
 
     def _checked(self, classes: Tensor, learned: Tensor) -> Tensor:
         """Return the classes (B,) if they can be those of ``learned`` (B, outputs)."""
+        if len(classes) != len(learned):
+            raise DysurgeryError(f"{len(learned)} outputs for {len(classes)} images: expected one class for each image")
+        if int(classes.min()) < 0:
+            raise UsageError(
+                "some images have no class: leave the labels of all aside (--no-labels, labels=False), or those images"
+            )
         outputs = learned.shape[1]
         number = max(len(self.class_names), int(classes.max()) + 1)
         if (self.class_names and number != outputs) or number > outputs:
@@ -453,8 +479,6 @@ class _Inspection:
                 f"the data has {number} classes and {self.label} has {outputs} outputs: give it the data that it was "
                 "trained for, or leave the labels aside (--no-labels, labels=False)"
             )
-        if len(classes) != len(learned):
-            raise DysurgeryError(f"{len(learned)} outputs for {len(classes)} images: expected one class for each image")
         return classes
 
     def _learned(self, images: Tensor) -> Tensor:
@@ -616,7 +640,7 @@ class _Inspection:
         if quiet := sum(layer.spread < QUIET for layer in layers):
             yield f"the attention of {quiet} of {many} layers hardly varies over images (spread below {QUIET:g})"
         if missed := [path for path in self.all_layers if path not in self.pi]:
-            yield f"{len(missed)} dynamic layers were not reached by the images: {', '.join(missed[:3])}"
+            yield f"not reached by the images: {', '.join(missed[:3])}" + ", ..." * (len(missed) > 3)
 
 
 def kernel_distance(layer: DynamicLayer) -> float:

@@ -265,6 +265,17 @@ class Drawn(Dataset[Any]):
             return f"image {index}"
 
 
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Say of an error that a worker process of a loader raised the sentence alone, without its traceback."""
+    try:
+        yield
+    except DysurgeryError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DysurgeryError(str(error).strip().rpartition("DysurgeryError: ")[2]) from error
+
+
 class Batches(Sampler[list[tuple[int, int]]]):
     """The batches of one epoch for one process, as a pure function of (seed, epoch); cut where a run goes on.
 
