@@ -204,11 +204,8 @@ def probe_tables(out: Console, report: ProbeReport, data: str) -> None:
     plain = not out.is_terminal
     kernels = _range([layer.k for layer in report.layers])
     tau = _range([layer.tau for layer in report.layers])
-    image = f"one image is {100 / report.images:.2g} points"
-    out.print(
-        f"{report.label} on {data}: {len(report.layers)} dynamic layers, K = {kernels}, tau = {tau}; "
-        f"{report.images} images, {image}"
-    )
+    out.print(f"{report.label} on {data}: {len(report.layers)} dynamic layers, K = {kernels}, tau = {tau}")
+    out.print(f"{report.images} images: one image is {100 / report.images:.2g} points")
     table = _table("attention, all layers", report.measure, "change", text=("attention, all layers",), plain=plain)
     table.add_row("learned", f"{report.learned:.2f} %", "")
     for name in INTERVENTIONS:
@@ -265,7 +262,7 @@ def _attention_table(out: Console, report: ProbeReport, brief: bool, plain: bool
             continue
         for number, layer in enumerate(group):
             share = " ".join(f"{100 * part:3.0f}" for part in layer.share)
-            end = number + 1 == len(group)
+            end = number + 1 == len(group) and resolution != report.resolutions[-1]
             table.add_row(layer.path or "(the model)", resolution, *_figures([layer]), share, end_section=end)
     out.print(table)
     out.print(

@@ -68,7 +68,8 @@ def entropy_figure(report: ProbeReport) -> Any:
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize=9)
         _separate(axis, [layer.resolution for layer in layers], across=True)
-        axis.set_ylim(0, 1.05 if name == "entropy" else None)
+        highest = max(value for line in lines for layer in layers if (value := getattr(layer, line[0])) is not None)
+        axis.set_ylim(0, 1.15 if name == "entropy" else 1.1 * highest or 1.0)
     _size_names(axes[0], [layer.resolution for layer in layers])
     step = -(-count // READABLE)
     names = [_label(layer.path) for layer in layers]
@@ -84,12 +85,13 @@ def interventions_figure(report: ProbeReport) -> Any:
     measure, learned = report.measure, report.learned
     names = list(INTERVENTIONS)
     places = [(scope, name) for scope, name in report.places if scope != "all"]
-    figure = _figure(13 if places else 6, max(5.0, _height(len(places)) if places else 0))
-    bars, *rest = figure.subplots(1, 2 if places else 1, squeeze=False)[0]
+    heights = [3.6, _height(len(places))][: 2 if places else 1]
+    figure = _figure(8, sum(heights))
+    bars, *rest = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     values = [learned, *(getattr(report.effect(name), measure) for name in names)]
     drawn = bars.bar(["learned", *map(_words, names)], values, color=["tab:orange", *["tab:gray"] * len(names)])
     bars.bar_label(drawn, fmt="%.1f", fontsize=9, padding=2)
-    bars.set_ylim(0, 105)
+    bars.set_ylim(0, 110)
     bars.set_title(f"{measure} in %, replaced in all layers ({report.images} images)", loc="left", fontsize=10)
     bars.tick_params(axis="x", labelsize=9)
     bars.spines[["top", "right"]].set_visible(False)
@@ -269,7 +271,7 @@ def _separate(axis: Any, groups: Sequence[str], across: bool = False, color: str
 
 
 def _size_names(axis: Any, resolutions: Sequence[str]) -> None:
-    """Write each resolution above the layers that see it."""
+    """Write each resolution over the layers that see it, above an entropy of 1."""
     starts = [i for i, size in enumerate(resolutions) if i == 0 or resolutions[i - 1] != size]
     for start, end in zip(starts, [*starts[1:], len(resolutions)], strict=True):
-        axis.text((start + end - 1) / 2, 0.04, resolutions[start], ha="center", va="bottom", fontsize=8, color="0.3")
+        axis.text((start + end - 1) / 2, 1.04, resolutions[start], ha="center", va="bottom", fontsize=8, color="0.3")

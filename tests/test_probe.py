@@ -312,7 +312,10 @@ def test_a_static_model_an_unknown_layer_and_an_unknown_intervention_are_named(r
     with pytest.raises(UsageError, match=r"no dynamic layer '33' \(did you mean '3'"):
         report.layer("33")
     model = varied()
-    with pytest.raises(UsageError, match=r"did you mean 'conv[12]' or 'conv[12]'"), intervene(model, "argmax", ["conv"]):
+    with (
+        pytest.raises(UsageError, match=r"did you mean 'conv[12]' or 'conv[12]'"),
+        intervene(model, "argmax", ["conv"]),
+    ):
         pass
     with pytest.raises(UsageError, match="did you mean 'averaged'"), intervene(model, "average"):
         pass
