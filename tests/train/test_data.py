@@ -48,8 +48,8 @@ def test_images_to_look_at_need_no_training_part_and_no_classes(folder, tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(DysurgeryError, match="no images"):
         open_images(str(tmp_path / "empty"), Recipe("x"))
+    (tmp_path / "half" / "train").mkdir(parents=True)
     with pytest.raises(DysurgeryError, match="no folder val/"):
-        (tmp_path / "half" / "train").mkdir(parents=True)
         open_images(str(tmp_path / "half"), Recipe("x"))
 
 
