@@ -12,8 +12,12 @@ from rich.text import Text
 
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.plan import Plan, PlannedSite
+from dysurgery.probe import AVERAGED_ELSEWHERE, INTERVENTIONS, LayerAttention, ProbeReport
 from dysurgery.trace import ConvSite
 from dysurgery.train import Outcome, Recipe
+
+# Beyond so many layers a table shows the resolutions only: nobody reads two screens of figures.
+_LONG = 40
 
 # Wide enough for the longest paths: a pipe has no width of its own, and nothing may be cut there.
 _PIPE_WIDTH = 200
@@ -193,6 +197,92 @@ def outcome_table(out: Console, name: str, outcome: Outcome) -> None:
         out.print(Text(f"note: {note}", style="dim"))
     out.print("latency: median for one image on this machine, both in turns; ± is the standard deviation over seeds")
     basis(out, dynamic.input_shape)
+
+
+def probe_tables(out: Console, report: ProbeReport, data: str) -> None:
+    """Print what interventions on pi do, in all layers and place by place, and what pi looks like."""
+    plain = not out.is_terminal
+    kernels = _range([layer.k for layer in report.layers])
+    tau = _range([layer.tau for layer in report.layers])
+    out.print(f"{report.label} on {data}: {len(report.layers)} dynamic layers, K = {kernels}, tau = {tau}")
+    out.print(f"{report.images} images: one image is {100 / report.images:.2g} points")
+    table = _table("attention, all layers", report.measure, "change", text=("attention, all layers",), plain=plain)
+    table.add_row("learned", f"{report.learned:.2f} %", "")
+    for name in INTERVENTIONS:
+        effect = report.effect(name)
+        table.add_row(_ATTENTION[name], f"{getattr(effect, report.measure):.2f} %", f"{report.difference(name):+.2f}")
+    out.print(table)
+    brief = len(report.layers) > _LONG
+    _effects_table(out, report, brief, plain)
+    _attention_table(out, report, brief, plain)
+    for note in report.notes:
+        out.print(Text(f"note: {note}", style="dim"))
+
+
+_ATTENTION = {
+    "averaged": "averaged over the kernels",
+    "argmax": "largest kernel only (argmax)",
+    "shuffled_within": "shuffled within each image",
+    "shuffled_across": "shuffled across images",
+}
+
+
+def _effects_table(out: Console, report: ProbeReport, brief: bool, plain: bool) -> None:
+    """Print the difference that each intervention makes in one place alone."""
+    places = [place for place in report.places if place[0] != "all"]
+    if not places:
+        return
+    groups = len(report.resolutions) > 1
+    heads = [name.replace("shuffled_", "shuffled ") for name in INTERVENTIONS]
+    title = f"replaced in one place alone: points of {report.measure} against learned, on {report.layer_images} images"
+    table = _table("place", *heads, *(["elsewhere averaged"] * groups), text=("place",), plain=plain, title=title)
+    for index, (scope, name) in enumerate(places):
+        if brief and groups and scope == "layer":
+            continue
+        figures = [f"{report.difference(intervention, scope, name):+.2f}" for intervention in INTERVENTIONS]
+        if scope == "resolution":
+            figures.append(f"{report.difference(AVERAGED_ELSEWHERE, scope, name):+.2f}")
+        last = index + 1 < len(places) and places[index + 1][0] != scope
+        place = f"all that see {name}" if scope == "resolution" else name or "(the model)"
+        table.add_row(place, *figures, end_section=last)
+    out.print(table)
+
+
+def _attention_table(out: Console, report: ProbeReport, brief: bool, plain: bool) -> None:
+    """Print entropy and spread of pi and the distance of the kernels, by resolution and layer."""
+    shares = "images by largest kernel, %"
+    table = _table(
+        "layer", "map", "entropy", "spread", "of classes", "distance", *([] if brief else [shares]),
+        text=("layer",), plain=plain,
+    )  # fmt: skip
+    for resolution in report.resolutions:
+        group = [layer for layer in report.layers if layer.resolution == resolution]
+        if brief:
+            table.add_row(f"mean of {len(group)} layers", resolution, *_figures(group))
+            continue
+        for number, layer in enumerate(group):
+            share = " ".join(f"{100 * part:3.0f}" for part in layer.share)
+            end = number + 1 == len(group) and resolution != report.resolutions[-1]
+            table.add_row(layer.path or "(the model)", resolution, *_figures([layer]), share, end_section=end)
+    out.print(table)
+    out.print(
+        "entropy of pi / log K: 1 is uniform; spread: standard deviation of pi over images, and of its class means; "
+        "distance: of two kernels, relative to their mean" + "; every layer: --json, --out" * brief
+    )
+
+
+def _figures(layers: Sequence[LayerAttention]) -> list[str]:
+    """Return the mean of each figure of the attention over layers."""
+    figures = []
+    for name, digits in (("entropy", 2), ("spread", 3), ("class_spread", 3), ("distance", 2)):
+        values = [value for layer in layers if (value := getattr(layer, name)) is not None]
+        figures.append(f"{sum(values) / len(values):.{digits}f}" if values else "-")
+    return figures
+
+
+def _range(values: Sequence[float]) -> str:
+    least, most = min(values), max(values)
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
 
 
 def recipes_table(out: Console, recipes: Sequence[Recipe]) -> None:

@@ -2,7 +2,8 @@
 
 The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its convolutions), :mod:`select` (which of
 them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surgery, verified), :mod:`cost` (what it
-costs now), :mod:`train` (fine-tuning), :mod:`checkpoint` (to disk and back). The operator is in :mod:`nn`.
+costs now), :mod:`train` (fine-tuning), :mod:`probe` (what the attention does), :mod:`checkpoint` (to disk and back).
+The operator is in :mod:`nn`.
 """
 
 from dysurgery._version import __version__
@@ -12,6 +13,7 @@ from dysurgery.cost import cost
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.nn import DynamicConv2d, DynamicLinear, TemperatureSchedule, set_temperature, temperature
 from dysurgery.plan import plan
+from dysurgery.probe import probe
 from dysurgery.rewrite import convert
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "cost",
     "load",
     "plan",
+    "probe",
     "save",
     "set_temperature",
     "temperature",

@@ -7,7 +7,7 @@ watches its attention (:mod:`attention`), keeps its :mod:`state`, and may be one
 :mod:`curves` draws what happened.
 """
 
-from dysurgery.train.data import Data, open_data
+from dysurgery.train.data import Data, open_data, open_images
 from dysurgery.train.experiment import Outcome, SeedOutcome, finetune
 from dysurgery.train.groups import parameter_groups
 from dysurgery.train.loop import Epoch, Interrupted, Observer, Step
@@ -25,6 +25,7 @@ __all__ = [
     "finetune",
     "load_recipe",
     "open_data",
+    "open_images",
     "parameter_groups",
     "recipe_names",
 ]

@@ -52,10 +52,15 @@ def attention_statistics(model: nn.Module, batches: Iterable[Tensor]) -> tuple[A
         for module, mode in modes.items():
             module.training = mode
     found = []
-    for path, layer in layers.items():
+    for path in layers:
         if path in seen:
             pi = torch.cat(seen[path])
-            share = pi / pi.sum(dim=1, keepdim=True)
-            entropy = -(torch.xlogy(share, share)).sum(dim=1).mean() / math.log(layer.k)
-            found.append(AttentionStatistics(path, float(entropy), float(pi.std(dim=0, correction=0).mean())))
+            found.append(AttentionStatistics(path, *entropy_and_spread(pi)))
     return tuple(found)
+
+
+def entropy_and_spread(pi: Tensor) -> tuple[float, float]:
+    """Return both figures of :class:`AttentionStatistics` for the weights pi (N, K) of N images, K > 1."""
+    share = pi / pi.sum(dim=1, keepdim=True)
+    entropy = -torch.xlogy(share, share).sum(dim=1).mean() / math.log(pi.shape[1])
+    return float(entropy), float(pi.std(dim=0, correction=0).mean())

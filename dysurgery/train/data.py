@@ -43,6 +43,7 @@ class Data:
         val: what to validate on.
         classes: their names, in the order of the outputs; empty if the data set does not say.
         identity: what a resumed run compares: the name, or for a folder, which may move, a digest of its file names.
+        labelled: whether the classes of the validation images are known.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Data:
     val: Dataset[Any]
     classes: tuple[str, ...]
     identity: str = ""
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         if not self.identity:
@@ -91,6 +93,27 @@ def open_data(name: str, recipe: Recipe) -> Data:
 
 
 VAL_START = {"even": 0, "odd": 1}
+
+
+def open_images(name: str, recipe: Recipe) -> Data:
+    """Open images to look at: what :func:`open_data` opens, or a folder of images alone.
+
+    Args:
+        name: as there; or a folder with ``val`` only; or a folder of images, in folders of classes or not (then they
+            have no labels), whose images are both ``train`` and ``val``.
+        recipe: as there; its limits do not hold for a folder of images alone.
+
+    Raises:
+        UsageError: for a name that is none of these.
+        DysurgeryError: if it cannot be opened or a class is empty.
+    """
+    root = Path(name)
+    if name == "digits" or not root.is_dir() or any((root / part).is_dir() for part in _TRAIN):
+        return open_data(name, recipe)
+    folder = next((root / part for part in _VAL if (root / part).is_dir()), root)
+    images = _read(folder, folder.name)
+    classes = _classes(folder, images, required=False)
+    return Data(name, images, images, classes, labelled=bool(classes))
 
 
 def _enough(name: str, data: Dataset[Any], wanted: int) -> None:
@@ -139,11 +162,7 @@ def _folder(name: str, labels: bool) -> Data:
     sets, classes, digest = [], [], hashlib.sha256()
     for part in parts:
         folder = root / part
-        try:
-            data = create_dataset("", root=str(folder), split=part, search_split=False)
-        except RuntimeError as error:
-            raise DysurgeryError(f"{folder} has no images in it: {sentence(error)}") from error
-        data._max_retries = 1  # timm's own way with an image that it cannot read is to take the next one instead
+        data = _read(folder, part)
         sets.append(data)
         for path, target in data.reader.samples:
             digest.update(f"{Path(path).relative_to(root)} {target}\n".encode())
@@ -153,6 +172,15 @@ def _folder(name: str, labels: bool) -> Data:
         says = [f"{', '.join(names[:5])} only in {part}" for names, part in zip(lacking, parts, strict=True) if names]
         raise DysurgeryError(f"the classes of {name} differ: {'; '.join(says)}")
     return Data(name, sets[0], sets[1], classes[1], f"folder {digest.hexdigest()[:16]}")
+
+
+def _read(folder: Path, part: str) -> Any:
+    try:
+        data = create_dataset("", root=str(folder), split=part, search_split=False)
+    except RuntimeError as error:
+        raise DysurgeryError(f"{folder} has no images in it: {sentence(error)}") from error
+    data._max_retries = 1  # timm's own way with an image that it cannot read is to take the next one instead
+    return data
 
 
 def _classes(folder: Path, data: Any, required: bool) -> tuple[str, ...]:
@@ -235,6 +263,17 @@ class Drawn(Dataset[Any]):
             return str(named(index, absolute=True)) if named else f"image {index}"
         except (NotImplementedError, AttributeError):
             return f"image {index}"
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Say of an error that a worker process of a loader raised the sentence alone, without its traceback."""
+    try:
+        yield
+    except DysurgeryError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DysurgeryError(str(error).strip().rpartition("DysurgeryError: ")[2]) from error
 
 
 class Batches(Sampler[list[tuple[int, int]]]):

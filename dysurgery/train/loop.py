@@ -28,7 +28,7 @@ from torch.utils.data import Subset
 from dysurgery.errors import DysurgeryError, UsageError, sentence
 from dysurgery.nn import DynamicLayer, set_temperature
 from dysurgery.train.attention import attention_statistics
-from dysurgery.train.data import Batches, Data, seed_generators, spread_images, train_loader, val_loader
+from dysurgery.train.data import Batches, Data, seed_generators, spread_images, train_loader, val_loader, worker_errors
 from dysurgery.train.groups import freeze, parameter_groups
 from dysurgery.train.head import outputs_of
 from dysurgery.train.processes import Processes
@@ -557,13 +557,8 @@ def _mean(values: list[float]) -> float | None:
 def _sentences(job: Job) -> Iterator[None]:
     """Say in one sentence what torch says in many."""
     try:
-        yield
-    except DysurgeryError as error:
-        # A worker's error comes back with its whole traceback; the last line is the sentence.
-        text = str(error)
-        if "DataLoader worker" in text:
-            raise DysurgeryError(text.strip().rpartition("DysurgeryError: ")[2]) from error
-        raise
+        with worker_errors():
+            yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _short_of_memory(job) from error
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import write_images, write_pets
 
 from dysurgery import DysurgeryError, UsageError
-from dysurgery.train.data import Batches, Drawn, open_data, train_loader, train_transform, val_loader
+from dysurgery.train.data import Batches, Drawn, open_data, open_images, train_loader, train_transform, val_loader
 from dysurgery.train.recipe import Augment, Distill, Recipe
 
 PREPROCESSING = {
@@ -33,6 +33,24 @@ def test_a_folder_of_classes(folder):
     image, target = data.train[11]
     assert image.size == (20, 20)
     assert target == 1
+
+
+def test_images_to_look_at_need_no_training_part_and_no_classes(folder, tmp_path):
+    for name in (folder, folder / "val"):
+        data = open_images(str(name), Recipe("x"))
+        assert (len(data.val), data.classes, data.labelled) == (8, ("cat", "dog"), True)
+    write_images(tmp_path / "only" / "val" / "cat", 3)
+    assert len(open_images(str(tmp_path / "only"), Recipe("x")).val) == 3
+    write_images(tmp_path / "flat", 3)
+    flat = open_images(str(tmp_path / "flat"), Recipe("x"))
+    assert (len(flat.val), flat.classes, flat.labelled) == (3, (), False)
+    assert open_images("digits", Recipe("x", val_part="odd")).val[0][0].size == (8, 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DysurgeryError, match="no images"):
+        open_images(str(tmp_path / "empty"), Recipe("x"))
+    (tmp_path / "half" / "train").mkdir(parents=True)
+    with pytest.raises(DysurgeryError, match="no folder val/"):
+        open_images(str(tmp_path / "half"), Recipe("x"))
 
 
 def test_halves_of_the_validation_images_and_part_of_the_training_images(folder):
