@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dysurgery import models
 from dysurgery._version import __version__
@@ -27,6 +28,7 @@ from dysurgery.files import sync
 from dysurgery.nn import DynamicLayer, folded, handler, temperature
 from dysurgery.rewrite import graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
+from dysurgery.weights import with_metadata
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -223,11 +225,22 @@ def load_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             dtypes = {name: tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
-        safetensors.torch.load_model(model, str(weights), strict=True)
+        tensors = safetensors.torch.load_file(str(weights))
+        model.load_state_dict(with_metadata(_complete(tensors, model), model))
     except FileNotFoundError as error:
         raise DysurgeryError(f"{folder} is incomplete: it has no {WEIGHTS}") from error
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise DysurgeryError(f"{weights} does not fit the model of {CONFIG}: {error}") from error
+
+
+def _complete(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a file with the other names of those that have several, which are written once."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names[id(tensor)].append(name)
+    return tensors | {
+        name: tensors[held] for each in names.values() for held in each if held in tensors for name in each
+    }
 
 
 def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str]) -> nn.Module:

@@ -68,7 +68,8 @@ def rounded(model: nn.Module, paths: Iterable[str], inputs: Example) -> Any:
     copied = shadow(model)
 
     def round_otherwise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output * (1 + 2 * torch.finfo(output.dtype).eps * torch.randn_like(output))
+        size = output.square().mean().sqrt()  # sums round by the size of their terms, not of their result
+        return output + 2 * torch.finfo(output.dtype).eps * size * torch.randn_like(output)
 
     for path in paths:
         copied.get_submodule(path).register_forward_hook(round_otherwise)

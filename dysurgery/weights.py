@@ -9,7 +9,8 @@ import threading
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,8 @@ def load_weights(model: nn.Module, label: str, file: Path) -> None:
     if kinds:
         raise DysurgeryError(f"{file} is quantised ({_few(sorted(kinds))}): dequantise it to floating point first")
     try:
-        found = model.load_state_dict({k: v for k, v in state.items() if k not in shapes}, strict=False)
+        fitting = {key: value for key, value in state.items() if key not in shapes}
+        found = model.load_state_dict(with_metadata(fitting, model), strict=False)
     except RuntimeError as error:
         raise DysurgeryError(f"{file} does not fit {label}: {sentence(error)}") from error
     shapes.sort(key=list(own).index)
@@ -148,6 +150,16 @@ def hub_file(repository: str, filenames: list[str]) -> Path:
     except Exception as error:
         raise FetchError(f"{repository}: {sentence(error)}") from error
     raise FetchError(f"{repository} has no {' or '.join(filenames)}")
+
+
+def with_metadata(tensors: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return a state dict with the metadata of the model's own, which files of tensors lack.
+
+    Some modules refuse one without the version in it (torchvision's MNASNet).
+    """
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict(keep_vars=True)._metadata  # type: ignore[attr-defined]
+    return state
 
 
 def url_file(url: str, filename: str | None = None, check_hash: bool = False) -> Path:

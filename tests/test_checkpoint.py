@@ -9,11 +9,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
 import dysurgery
-from dysurgery import checkpoint
+from dysurgery import checkpoint, models
 from dysurgery.source import Source
 
 IMAGE = (1, 3, 32, 32)
@@ -24,6 +25,17 @@ def dynamic():
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=7).eval()
     return dysurgery.convert(model, torch.randn(IMAGE), k=3, reduction=2, gate="softmax")
+
+
+def test_a_model_whose_modules_ask_for_a_version_is_loaded_from_a_folder_and_from_a_file(tmp_path):
+    model = torchvision.models.mnasnet0_5(weights=None).eval()
+    image = torch.randn(2, 3, 64, 64)
+    dynamic = dysurgery.convert(model, image)
+    dysurgery.save(dynamic, tmp_path / "saved", source=Source("torchvision", "mnasnet0_5"))
+    torch.testing.assert_close(dysurgery.load(tmp_path / "saved")(image), dynamic(image))
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    built = models.build("torchvision:mnasnet0_5", weights=str(tmp_path / "weights.pth"))
+    torch.testing.assert_close(built.model(image), model(image))
 
 
 def test_a_timm_model_comes_back_with_nothing_but_its_folder(dynamic, tmp_path):
