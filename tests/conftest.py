@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes with a thread for every core each would wait for one another.
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # the width of the terminal that pytest was started in
 
 torch.manual_seed(0)  # for what the test files draw when they are imported
 
