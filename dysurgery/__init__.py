@@ -2,14 +2,17 @@
 
 The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its convolutions), :mod:`select` (which of
 them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surgery, verified), :mod:`cost` (what it
-costs now), :mod:`train` (fine-tuning), :mod:`checkpoint` (to disk and back). The operator is in :mod:`nn`.
+costs now), :mod:`train` (fine-tuning), :mod:`fuse` (BatchNorm into the banks) and :mod:`demote` (what need not be
+dynamic is static again) for inference, :mod:`checkpoint` (to disk and back). The operator is in :mod:`nn`.
 """
 
 from dysurgery._version import __version__
 from dysurgery.calibrate import calibrate
 from dysurgery.checkpoint import load, save
 from dysurgery.cost import cost
+from dysurgery.demote import demote, freeze
 from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.fuse import fuse_bn
 from dysurgery.nn import DynamicConv2d, DynamicLinear, TemperatureSchedule, set_temperature, temperature
 from dysurgery.plan import plan
 from dysurgery.rewrite import convert
@@ -24,6 +27,9 @@ __all__ = [
     "calibrate",
     "convert",
     "cost",
+    "demote",
+    "freeze",
+    "fuse_bn",
     "load",
     "plan",
     "save",
