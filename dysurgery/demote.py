@@ -41,6 +41,7 @@ class Demotion:
         measure: ``accuracy``, or ``agreement`` with the predictions of the model as it was, if there are no labels.
         before: that of the model as it was, in percent.
         after: that of the result.
+        tolerance: that was given, in points.
         images: how many it was measured on.
     """
 
@@ -51,6 +52,7 @@ class Demotion:
     measure: str
     before: float
     after: float
+    tolerance: float
     images: int
 
 
@@ -130,7 +132,9 @@ def demote(model: nn.Module, data: Batches, tolerance: float = DEFAULT_TOLERANCE
         else:
             result, after = trial, found
             demoted.append(path)
-    return Demotion(result, tuple(demoted), kept, varies, before.measure, before.percent, after.percent, before.images)
+    return Demotion(
+        result, tuple(demoted), kept, varies, before.measure, before.percent, after.percent, tolerance, before.images
+    )
 
 
 def variation(layer: DynamicLayer, pi: Tensor) -> float:

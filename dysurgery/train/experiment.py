@@ -252,6 +252,25 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise DysurgeryError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
+def dynamic_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return where the dynamic network of a run is, or of one seed of it; any other folder as it is.
+
+    Raises:
+        UsageError: for a run with several seeds, which has several.
+        DysurgeryError: for a run that is not finished.
+    """
+    place = Path(folder)
+    seeds = read_run(place)["run"]["seeds"] if (place / RUN).exists() else ()
+    if len(seeds) > 1:
+        each = ", ".join(str(place / f"seed-{seed}") for seed in seeds)
+        raise UsageError(f"{folder} holds a network for each of {len(seeds)} seeds: say which, {each}")
+    if (place / "dynamic" / checkpoint.CONFIG).exists():
+        return place / "dynamic"
+    if seeds:
+        raise DysurgeryError(f"the run in {folder} has no dynamic network yet: finish it with finetune --resume")
+    return place
+
+
 @dataclass
 class _Experiment:
     recipe: Recipe
