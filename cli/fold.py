@@ -1,6 +1,7 @@
 """``dysurgery fold``: a dynamic network for inference, with what it need not carry folded away."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,16 @@ def fold(
     _check_options(data, tolerance, everything, no_bn, overrides)
     path, name, recipe = _find(folder, dict(overrides))
     target = check_target(out or f"{name}-folded", force=force)
+    config = read_config(path)
     with tables.working(f"loading {path}", quiet):
-        built = open_model(str(path))
+        built = replace(open_model(str(path)), label=name)
         place = join_processes(device).device
         model = built.model.to(place)
         example = example_of(built)
     dynamic = sum(isinstance(module, DynamicLayer) for module in model.modules())
     if not dynamic and (data or everything):
         raise UsageError(f"{path} is static already: it has no dynamic layer that --data or --all could make static")
-    batches = None if data is None else _batches(data, recipe, built, example, place)
+    batches = None if data is None else _batches(data, recipe, built, config.report.get("classes"), example, place)
     with tables.working(f"folding {name}", quiet):
         steps = [_step("as it was", model, example, batches)]
         fusion = None if no_bn else fuse(model, example)
@@ -98,7 +100,7 @@ def fold(
             source=built.source,
             input_size=built.input_size,
             preprocessing=built.preprocessing,
-            report={**read_config(path).report, "fold": figures},
+            report={**config.report, "fold": figures},
             force=force,
         )
         console.print(f"Saved to {target}", soft_wrap=True)
@@ -117,8 +119,8 @@ def _about_norms(fusion: Fusion) -> str:
         return f"No BatchNorm was folded: {fusion.reasons()}."
     folded, left = len(fusion.folded), f"; left are {fusion.reasons()}" if fusion.left else ""
     return (
-        f"{folded} of {folded + len(fusion.left)} BatchNorms folded, which is exact: the outputs on a random batch differ "
-        f"by {fusion.relative_diff:.1e} of the largest{left}."
+        f"{folded} of {folded + len(fusion.left)} BatchNorms folded, which is exact: the outputs on a random batch "
+        f"differ by {fusion.relative_diff:.1e} of the largest{left}."
     )
 
 
@@ -193,9 +195,20 @@ def _find(spec: str, overrides: Mapping[str, Any]) -> tuple[Path, str, Recipe]:
     return path, name, recipe_from(overridden(kept, overrides, label), label)
 
 
-def _batches(name: str, recipe: Recipe, built: BuiltModel, example: Any, device: Any) -> Batches:
+def _some(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:3]) + (f", ... {len(classes)} in all" if len(classes) > 3 else "")
+
+
+def _batches(
+    name: str, recipe: Recipe, built: BuiltModel, trained_for: Sequence[str] | None, example: Any, device: Any
+) -> Batches:
     """Return the validation images of the data, as the network takes them, with their classes."""
     data = open_data(name, recipe)
+    if trained_for and data.classes and list(trained_for) != list(data.classes):
+        raise UsageError(
+            f"the classes of {name} ({_some(data.classes)}) are not those that {built.label} was trained for "
+            f"({_some(trained_for)})"
+        )
     outputs = outputs_of(built.model, example)
     if data.classes and len(data.classes) != outputs:
         raise UsageError(

@@ -36,7 +36,7 @@ from dysurgery.example import shadow
 from dysurgery.files import write_text
 from dysurgery.latency import latency
 from dysurgery.models import BuiltModel, build, preprocessing_of, rebuild
-from dysurgery.nn import DynamicLayer
+from dysurgery.nn import DynamicLayer, FusedNorm
 from dysurgery.rewrite import convert
 from dysurgery.source import Source, describe
 from dysurgery.train.curves import draw_curves
@@ -323,6 +323,11 @@ class _Experiment:
             self.notes.append(
                 f"training ends at tau = {tau:.3g}: the warmup of {self.recipe.temperature.warmup:g} epochs is longer "
                 f"than its {self.recipe.finetune.epochs} epochs (temperature.warmup)"
+            )
+        if any(isinstance(module, FusedNorm) for module in model.modules()):
+            self.notes.append(
+                "the BatchNorms of this network are folded away, without which it trains badly: go on with the one "
+                "that was folded, then fold the result"
             )
         if self.new_head:
             self.notes.append(f"a fresh head for {self.classes} classes in place of {outputs}: before is by chance")
