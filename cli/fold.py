@@ -117,7 +117,7 @@ def _step(name: str, model: nn.Module, example: Any, batches: Batches | None) ->
 def _about_norms(fusion: Fusion) -> str:
     if not fusion.folded:
         return f"No BatchNorm was folded: {fusion.reasons()}."
-    folded, left = len(fusion.folded), f"; left are {fusion.reasons()}" if fusion.left else ""
+    folded, left = len(fusion.folded), f"; {fusion.reasons()}" if fusion.left else ""
     return (
         f"{folded} of {folded + len(fusion.left)} BatchNorms folded, which is exact: the outputs on a random batch "
         f"differ by {fusion.relative_diff:.1e} of the largest{left}."
@@ -128,7 +128,7 @@ def _about_all(dynamic: int, measured: bool) -> str:
     which = (
         "each has its mean kernel over these images"
         if measured
-        else ("each has the mean of its kernels, as without --data nothing is known of the attention")
+        else "each has the mean of its kernels, as without --data nothing is known of the attention"
     )
     return f"All {dynamic} dynamic layers are static, which is approximate: {which}."
 

@@ -47,8 +47,10 @@ class Fusion:
         """Return why there is no more to fold, with counts, as one phrase."""
         if self.left:
             reasons = Counter(self.left.values()).most_common()
-            return ", ".join(f"{count} BatchNorm{'s' * (count > 1)} because {why}" for why, count in reasons)
+            return ", ".join(f"{n} BatchNorm{'s stay' if n > 1 else ' stays'} because {why}" for why, n in reasons)
         fused = sum(isinstance(module, FusedNorm) for module in self.model.modules())
+        if fused == 1:
+            return "its BatchNorm is folded already"
         return f"its {fused} BatchNorms are folded already" if fused else "it has no BatchNorm"
 
 
