@@ -162,8 +162,8 @@ def _figures(
         }  # fmt: skip
     if demotion is not None:
         found["demotion"] = {
-            "demoted": list(demotion.demoted), "kept": dict(demotion.kept), "variation": dict(demotion.variation),
-            "tolerance": demotion.tolerance, "images": demotion.images,
+            "demoted": list(demotion.demoted), "kept": list(demotion.kept), "one_more": demotion.one_more,
+            "variation": dict(demotion.variation), "tolerance": demotion.tolerance, "images": demotion.images,
         }  # fmt: skip
     return found
 

@@ -322,15 +322,18 @@ def demotion_table(out: Console, demotion: Demotion) -> None:
         "dynamic layer", "variation", "decision", text=("dynamic layer", "decision"), plain=not out.is_terminal
     )
     for path, varies in demotion.variation.items():
-        kept = demotion.kept.get(path)
-        decision = "static" if kept is None else f"dynamic: {kept:.2f} % as a static one"
-        table.add_row(path or "(the model)", f"{varies:.2%}", decision, style="dim" if kept is None else None)
+        dynamic = path in demotion.kept
+        decision = "dynamic" if dynamic else "static"
+        if dynamic and path == demotion.kept[0]:
+            decision += f": {demotion.one_more:.2f} % as a static one"
+        table.add_row(path or "(the model)", f"{varies:.2%}", decision, style=None if dynamic else "dim")
     out.print(table)
     out.print("variation: of the mixed kernel over images, relative to the mean one")
     out.print(
         f"{len(demotion.demoted)} of {len(demotion.variation)} dynamic layers are static now, which is approximate: "
         f"{demotion.measure} {demotion.before:.2f} % before and {demotion.after:.2f} % after, tolerance "
-        f"{demotion.tolerance:g}; chosen and measured on the same {demotion.images} images",
+        f"{demotion.tolerance:g}; chosen and measured on the same {demotion.images} images, of which one is "
+        f"{100 / demotion.images:.2f} points",
         soft_wrap=True,
     )
 

@@ -35,8 +35,9 @@ class Demotion:
 
     Attributes:
         model: the result, in eval mode.
-        demoted: paths of the layers that are static now, in the order in which they were tried.
-        kept: path of each layer that stays dynamic -> the accuracy that the network would have had without it.
+        demoted: paths of the layers that are static now, the one that varies least first.
+        kept: paths of the layers that stay dynamic, in the same order.
+        one_more: what ``after`` would be with the first of those static as well; None if none is kept.
         variation: path of each layer that the images reach -> :func:`variation`, least first.
         measure: ``accuracy``, or ``agreement`` with the predictions of the model as it was, if there are no labels.
         before: that of the model as it was, in percent.
@@ -47,7 +48,8 @@ class Demotion:
 
     model: nn.Module
     demoted: tuple[str, ...]
-    kept: Mapping[str, float]
+    kept: tuple[str, ...]
+    one_more: float | None
     variation: Mapping[str, float]
     measure: str
     before: float
@@ -99,9 +101,9 @@ def freeze(
 def demote(model: nn.Module, data: Batches, tolerance: float = DEFAULT_TOLERANCE) -> Demotion:
     """Turn dynamic layers into static ones as long as the accuracy on ``data`` drops by at most ``tolerance``.
 
-    The layers are tried one by one, those whose mixed kernel varies least first (:func:`variation`). Each that would
-    take the accuracy below what is tolerated stays dynamic, and the next is tried. The choice is made on these very
-    images: how the result does on others is for other images to say.
+    One after the other, those whose mixed kernel varies least first (:func:`variation`), until one would cost too much.
+    To go on and try each of the others too would mean to pick, out of many, those that happen to suit these images.
+    Even so the choice is made on them: how the result does on others is for others to say.
 
     Args:
         model: a converted classifier; left alone.
@@ -123,17 +125,26 @@ def demote(model: nn.Module, data: Batches, tolerance: float = DEFAULT_TOLERANCE
     varies = {path: variation(layers[path], found) for path, found in pi.items()}
     varies = dict(sorted(varies.items(), key=lambda entry: entry[1]))
     before = after = score(model, data)
-    result, demoted, kept = duplicate(model).eval(), [], {}
+    result, demoted, one_more = duplicate(model).eval(), [], None
     for path in varies:
         trial = freeze(result, {path: pi[path].mean(dim=0)}, layers=path)
         found = score(trial, data, like=model)
         if found.percent < before.percent - tolerance - _ROUNDING:
-            kept[path] = found.percent
-        else:
-            result, after = trial, found
-            demoted.append(path)
+            one_more = found.percent
+            break
+        result, after = trial, found
+        demoted.append(path)
     return Demotion(
-        result, tuple(demoted), kept, varies, before.measure, before.percent, after.percent, tolerance, before.images
+        model=result,
+        demoted=tuple(demoted),
+        kept=tuple(path for path in varies if path not in demoted),
+        one_more=one_more,
+        variation=varies,
+        measure=before.measure,
+        before=before.percent,
+        after=after.percent,
+        tolerance=tolerance,
+        images=before.images,
     )
 
 

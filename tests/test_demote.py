@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import timm
@@ -156,11 +157,22 @@ def test_what_hardly_varies_is_demoted_and_what_matters_is_kept():
     assert list(done.variation) == ["0", "3"]
     assert done.variation["0"] < 1e-6 < done.variation["3"]
     assert done.demoted == ("0",)
-    assert done.kept == {"3": pytest.approx(60)}
+    assert done.kept == ("3",)
+    assert done.one_more == pytest.approx(60)
     assert (done.measure, done.before, done.after, done.images) == ("accuracy", 100, 100, 10)
     assert layers(done.model) == ["3"]
     assert layers(model) == ["0", "3"]
     assert dysurgery.demote(model, [(images, classes)], tolerance=40).after == pytest.approx(60)
+
+
+def test_it_ends_at_the_first_layer_that_costs_too_much(monkeypatch):
+    found = iter([90.0, 89.9, 89.0, 90.0])
+    module = sys.modules["dysurgery.demote"]  # the package has the function by that name
+    monkeypatch.setattr(module, "score", lambda *args, **options: module.Score("accuracy", next(found), 12))
+    done = dysurgery.demote(dynamic(), [(IMAGES, CLASSES)], tolerance=0.1)
+    first, *others = done.variation
+    assert (done.demoted, done.kept) == ((first,), tuple(others))
+    assert (done.before, done.after, done.one_more) == (90.0, 89.9, 89.0)
 
 
 def test_without_labels_the_predictions_of_the_model_are_what_counts():
@@ -170,7 +182,8 @@ def test_without_labels_the_predictions_of_the_model_are_what_counts():
         done = dysurgery.demote(model, data, tolerance=0)
         assert (done.measure, done.before, done.after) == ("agreement", 100, 100)
         assert torch.equal(done.model(IMAGES).argmax(1), model(IMAGES).argmax(1))
-    assert len(dysurgery.demote(model, IMAGES, tolerance=100).demoted) == 3
+    everything = dysurgery.demote(model, IMAGES, tolerance=100)
+    assert (len(everything.demoted), everything.kept, everything.one_more) == (3, (), None)
 
 
 def test_modes_and_the_random_state_stay():
