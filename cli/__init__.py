@@ -9,6 +9,7 @@ import click
 from dysurgery.cli.convert import convert
 from dysurgery.cli.cost import cost
 from dysurgery.cli.finetune import finetune_command
+from dysurgery.cli.fold import fold
 from dysurgery.cli.plan import plan
 from dysurgery.cli.probe import probe_command
 from dysurgery.cli.recipes import recipes
@@ -36,5 +37,5 @@ def main() -> None:
     """Turn a pretrained CNN into a dynamic-convolution network that computes exactly what it did."""
 
 
-for command in (convert, plan, cost, finetune_command, probe_command, recipes):
+for command in (convert, plan, cost, finetune_command, probe_command, fold, recipes):
     main.add_command(command)

@@ -2,15 +2,18 @@
 
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from dysurgery.cost import CostReport, MultAdds
+from dysurgery.demote import Demotion
 from dysurgery.plan import Plan, PlannedSite
 from dysurgery.probe import AVERAGED_ELSEWHERE, INTERVENTIONS, LayerAttention, ProbeReport
 from dysurgery.trace import ConvSite
@@ -283,6 +286,56 @@ def _figures(layers: Sequence[LayerAttention]) -> list[str]:
 def _range(values: Sequence[float]) -> str:
     least, most = min(values), max(values)
     return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A line of :func:`steps_table`: a network, what it costs, and its accuracy in percent if it was measured."""
+
+    name: str
+    model: nn.Module
+    report: CostReport
+    accuracy: float | None
+
+
+def steps_table(out: Console, name: str, steps: Sequence[Step], latency: Mapping[str, float]) -> None:
+    """Print what each step made of a network."""
+    measured = steps[0].accuracy is not None
+    columns = ("network", *(("accuracy",) if measured else ()), "params", "Mult-Adds", "latency")
+    table = _table(*columns, text=("network",), plain=not out.is_terminal, title=name)
+    for step in steps:
+        table.add_row(
+            step.name,
+            *((f"{step.accuracy:.2f} %",) if measured else ()),
+            count(step.report.params),
+            count(step.report.mult_adds.total),
+            f"{latency[step.name]:.2f} ms",
+        )
+    out.print(table)
+    out.print("latency: median for one image on this machine, all in turns")
+    basis(out, steps[0].report.input_shape)
+
+
+def demotion_table(out: Console, demotion: Demotion) -> None:
+    """Print every dynamic layer with how much its kernel varies, and whether it is static now."""
+    table = _table(
+        "dynamic layer", "variation", "decision", text=("dynamic layer", "decision"), plain=not out.is_terminal
+    )
+    for path, varies in demotion.variation.items():
+        dynamic = path in demotion.kept
+        decision = "dynamic" if dynamic else "static"
+        if dynamic and path == demotion.kept[0]:
+            decision += f": {demotion.one_more:.2f} % as a static one"
+        table.add_row(path or "(the model)", f"{varies:.2%}", decision, style=None if dynamic else "dim")
+    out.print(table)
+    out.print("variation: of the mixed kernel over images, relative to the mean one")
+    out.print(
+        f"{len(demotion.demoted)} of {len(demotion.variation)} dynamic layers are static now, which is approximate: "
+        f"{demotion.measure} {demotion.before:.2f} % before and {demotion.after:.2f} % after, tolerance "
+        f"{demotion.tolerance:g}; chosen and measured on the same {demotion.images} images, of which one is "
+        f"{100 / demotion.images:.2f} points",
+        soft_wrap=True,
+    )
 
 
 def recipes_table(out: Console, recipes: Sequence[Recipe]) -> None:

@@ -1,8 +1,8 @@
 """A model to disk and back: ``config.json`` (how to build it) and ``model.safetensors`` (its tensors), no pickle.
 
 The static network is built again from its source (:mod:`dysurgery.models`) or passed in, dynamic layers are put where
-the config says, and the tensors are loaded strictly; tau is among them. Writing is atomic: a folder is either the old
-one or the new one.
+the config says, what :mod:`dysurgery.fuse` and :mod:`dysurgery.demote` did to it is done again, and the tensors are
+loaded strictly; tau is among them. Writing is atomic: a folder is either the old one or the new one.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import platform
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,16 @@ from dysurgery import models
 from dysurgery._version import __version__
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.files import sync
-from dysurgery.nn import DynamicLayer, folded, handler, temperature
+from dysurgery.nn import DynamicLayer, FusedNorm, folded, handler, temperature
+from dysurgery.nn.layer import BIAS_ADDED, WAS_DYNAMIC
+from dysurgery.nn.norm import add_bias
 from dysurgery.rewrite import graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
 from dysurgery.weights import with_metadata
 
-FORMAT = 1
+FORMAT = 2
+"""Since 2: ``static``, ``biases`` and ``norms``."""
+READABLE = (1, 2)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -41,6 +45,9 @@ class Config:
     Attributes:
         source: where the static network comes from; None if it must be passed to :func:`load`.
         layers: path of each dynamic layer -> its options (K, reduction, gate).
+        static: paths of the layers that were dynamic and are static again (:func:`dysurgery.freeze`).
+        biases: paths of the layers, dynamic or static, that got a bias that their source does not have.
+        norms: paths of the BatchNorms that such layers have taken in (:func:`dysurgery.fuse_bn`).
         graphs: path of each GraphModule ("" is the model) -> how it was traced; empty for a grafted model.
         tau: the temperature, for people to read; the tensors hold it.
         input_size: (C, H, W), if known.
@@ -51,6 +58,9 @@ class Config:
 
     source: Source | None
     layers: dict[str, dict[str, Any]]
+    static: list[str]
+    biases: list[str]
+    norms: list[str]
     graphs: dict[str, dict[str, Any]]
     tau: float | None
     input_size: tuple[int, int, int] | None
@@ -97,6 +107,9 @@ def save(
     config = Config(
         source=source or describe(model),
         layers=layers,
+        static=[path for path, m in model.named_modules() if hasattr(m, WAS_DYNAMIC)],
+        biases=[path for path, m in model.named_modules() if hasattr(m, BIAS_ADDED)],
+        norms=[path for path, m in model.named_modules() if isinstance(m, FusedNorm)],
         graphs={
             path: m.meta["dysurgery"]
             for path, m in model.named_modules()
@@ -167,14 +180,20 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
         raise DysurgeryError(f"{folder} is no saved model: it has no {CONFIG}") from error
     except (OSError, ValueError) as error:
         raise DysurgeryError(f"{path} cannot be read: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else None
-        raise DysurgeryError(f"{path} is no dysurgery config of format {FORMAT} (found {found!r})")
+    found = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or found not in READABLE:
+        newer = ", which a newer version of dysurgery wrote" if isinstance(found, int) and found > FORMAT else ""
+        raise DysurgeryError(f"{path} is no dysurgery config of format {FORMAT} or older (found {found!r}{newer})")
+    if found == 1:
+        data |= {"static": [], "biases": [], "norms": []}
     try:
         size = data["input_size"]
         return Config(
             source=None if data["source"] is None else Source.from_json(data["source"], os.path.abspath(folder)),
             layers={str(name): dict(options) for name, options in data["layers"].items()},
+            static=[str(name) for name in data["static"]],
+            biases=[str(name) for name in data["biases"]],
+            norms=[str(name) for name in data["norms"]],
             graphs=dict(data["graphs"]),
             tau=data["tau"],
             input_size=None if size is None else (int(size[0]), int(size[1]), int(size[2])),
@@ -244,27 +263,45 @@ def _complete(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 
 def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str]) -> nn.Module:
-    """Put fresh dynamic layers where the config says."""
+    """Put fresh layers where the config says: dynamic, static again, with a bias, without their BatchNorm."""
 
-    def build(static: nn.Module, path: str) -> DynamicLayer:
+    def build(static: nn.Module, path: str) -> nn.Module:
         static = folded(static)
+        if path in config.static:
+            static = _counterpart(static, path).like(static, k=1).train(static.training).to_static()
+        if path in config.layers:
+            static = _counterpart(static, path).like(static, **config.layers[path]).train(static.training)
+            if path in config.static:  # and dynamic for the second time
+                vars(static)[WAS_DYNAMIC] = True
+        return static
+
+    def _counterpart(static: nn.Module, path: str) -> type[DynamicLayer]:
         counterpart = handler(static)
         if counterpart is None:
             raise DysurgeryError(f"{folder} does not fit: {path} is a {type(static).__name__}, no convolution")
-        return counterpart.like(static, **config.layers[path]).train(static.training)
+        return counterpart
 
-    known = dict(model.named_modules(remove_duplicate=False))
+    def check(paths: Iterable[str]) -> None:
+        known = dict(model.named_modules(remove_duplicate=False))
+        for path in paths:
+            if path not in known:
+                raise DysurgeryError(f"{folder} does not fit: the model has no {path!r}{did_you_mean(path, known)}")
+
+    replaced = [*dict.fromkeys([*config.layers, *config.static])]
     if config.graphs:
         fixed = {path: how["fixed"] for path, how in config.graphs.items()}
         linear = any(how["linear"] for how in config.graphs.values())
         try:
-            return rewrite_graphs(model, fixed, list(config.layers), build, linear=linear)
+            model = rewrite_graphs(model, fixed, replaced, build, linear=linear)
         except AttributeError as error:
             raise DysurgeryError(f"{folder} does not fit the model that its source builds: {error}") from error
-    for path in config.layers:
-        if path not in known:
-            raise DysurgeryError(f"{folder} does not fit: the model has no {path!r}{did_you_mean(path, known)}")
-    return graft_in_place(model, list(config.layers), build)[0]
+    else:
+        check(replaced)
+        model = graft_in_place(model, replaced, build)[0]
+    check([*config.biases, *config.norms])
+    for path in config.biases:
+        add_bias(model.get_submodule(path))
+    return graft_in_place(model, config.norms, lambda norm, path: FusedNorm(norm))[0]
 
 
 def open_model(

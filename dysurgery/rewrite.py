@@ -161,7 +161,7 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
         )
 
     paths = [site.path for site in plan.chosen]
-    put: Callable[[bool], None] = lambda dynamic: None  # noqa: E731
+    put: Callable[[bool], None] = lambda new: None  # noqa: E731
     # What is made in inference mode could never be trained.
     with undisturbed(model, plan.settings.seed), torch.inference_mode(False):
         if plan.settings.as_graph:
@@ -203,12 +203,12 @@ def _check_fits(plan: Plan, model: nn.Module) -> None:
             raise UsageError(f"the plan was made for another model: {type(model).__name__} has no such {site.path!r}")
 
 
-Build = Callable[[nn.Module, str], DynamicLayer]
-"""Makes the dynamic layer for a static module and its path."""
+Build = Callable[[nn.Module, str], nn.Module]
+"""Makes what takes the place of a module, given that and its path: a dynamic layer for a static one, or the reverse."""
 
 
 def graft(model: nn.Module, paths: Sequence[str], build: Build) -> nn.Module:
-    """Return a copy of ``model`` with dynamic layers at ``paths``; ``model`` is left alone.
+    """Return a copy of ``model`` with new layers at ``paths``; ``model`` is left alone.
 
     Every reference to a replaced module, registered or not, leads to its layer in the copy.
     """
@@ -221,10 +221,10 @@ def graft(model: nn.Module, paths: Sequence[str], build: Build) -> nn.Module:
 
 
 def graft_in_place(model: nn.Module, paths: Sequence[str], build: Build) -> tuple[nn.Module, Callable[[bool], None]]:
-    """Put dynamic layers at ``paths`` of ``model`` itself, under every alias.
+    """Put new layers at ``paths`` of ``model`` itself, under every alias.
 
     Returns:
-        The model, and a function that puts the static modules back (False) or the dynamic layers (True).
+        The model, and a function that puts the old modules back (False) or the new layers (True).
     """
     if "" in paths:
         raise UsageError("the model is itself one convolution: it cannot be replaced in place")
@@ -238,20 +238,21 @@ def graft_in_place(model: nn.Module, paths: Sequence[str], build: Build) -> tupl
                 _carry_over(child, layers[id(child)], lambda value: value)
                 parent._modules[name] = layers[id(child)]
 
-    def put(dynamic: bool) -> None:
+    def put(new: bool) -> None:
         for parent, name, child in replaced:
-            parent._modules[name] = layers[id(child)] if dynamic else child
+            parent._modules[name] = layers[id(child)] if new else child
 
     return model, put
 
 
-def _carry_over(static: nn.Module, layer: DynamicLayer, carry: Callable[[Any], Any]) -> None:
-    """Give ``layer`` the hooks and the extra attributes of ``static``, each through ``carry``."""
-    static = folded(static)
-    for name, value in vars(static).items():
+def _carry_over(old: nn.Module, layer: nn.Module, carry: Callable[[Any], Any]) -> None:
+    """Give ``layer`` the hooks and the extra attributes of ``old``, each through ``carry``."""
+    old = folded(old)
+    known = vars(layer).keys() | (old.own_attributes() if isinstance(old, DynamicLayer) else set())
+    for name, value in vars(old).items():
         # The flag is of the backward hooks: without it they are never called.
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")) or (
-            name not in vars(layer) and not name.startswith("_")
+            name not in known and not name.startswith("_")
         ):
             vars(layer)[name] = carry(value)
 

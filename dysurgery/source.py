@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dysurgery.errors import DysurgeryError, UsageError
-from dysurgery.nn import DynamicLayer
+from dysurgery.nn import DynamicLayer, FusedNorm
+from dysurgery.nn.layer import MARKS
 
 
 @dataclass(frozen=True)
@@ -107,21 +108,25 @@ def _channels(model: nn.Module, first: Any) -> int | None:
 
 
 def _same_tree(model: nn.Module, twin: nn.Module) -> bool:
-    """Whether both hold the same modules with the same options and shapes; dynamic layers match what they replace."""
-    dynamic = {p for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, DynamicLayer)}
+    """Whether both hold the same modules with the same options and shapes; what surgery made matches what was there."""
+    made = {p for p, m in model.named_modules(remove_duplicate=False) if _by_surgery(m)}
 
     def outline(root: nn.Module) -> dict[str, object]:
         return {
             path: (
                 None
-                if path in dynamic
+                if path in made
                 else (type(m), m.extra_repr(), {n: t.shape for n, t in [*_tensors(m)]}, "forward" in vars(m))
             )
             for path, m in root.named_modules(remove_duplicate=False)
-            if not any(path.startswith(f"{layer}.") for layer in dynamic)
+            if not any(path.startswith(f"{layer}.") for layer in made)
         }
 
     return outline(model) == outline(twin)
+
+
+def _by_surgery(module: nn.Module) -> bool:
+    return isinstance(module, DynamicLayer | FusedNorm) or any(name in vars(module) for name in MARKS)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -76,14 +76,25 @@ def rounded(model: nn.Module, paths: Iterable[str], inputs: Example) -> Any:
     return run(copied, inputs)
 
 
-def layers_differ(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Example) -> float:
-    """Return by how much ``layers`` differ from the modules at their paths, on what those see in ``model``."""
+def layers_differ(
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Example, then: Mapping[str, nn.Module] | None = None
+) -> float:
+    """Return by how much ``layers`` differ from the modules at their paths, on what those see in ``model``.
+
+    Args:
+        model: the original.
+        layers: path -> what is compared with the module there.
+        inputs: of the model.
+        then: path -> a module through which the output of the original goes before it is compared.
+    """
     copied, worst = shadow(model), [0.0]
     for path, layer in layers.items():
-        layer = shadow(layer)
+        layer, after = shadow(layer), shadow(then[path]) if then else nn.Identity()
 
-        def compare(module: nn.Module, args: Any, output: Any, layer: nn.Module = layer) -> None:
-            worst.append(difference(output, layer(*args))[1])
+        def compare(
+            module: nn.Module, args: Any, output: Any, layer: nn.Module = layer, after: nn.Module = after
+        ) -> None:
+            worst.append(difference(after(output), layer(*args))[1])
 
         copied.get_submodule(path).register_forward_hook(compare)
     run(copied, inputs)

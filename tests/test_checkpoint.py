@@ -132,6 +132,40 @@ def test_a_wrong_model_is_refused(dynamic, tmp_path):
         dysurgery.load(tmp_path / "saved", model=timm.create_model("resnet10t", num_classes=8))
 
 
+def test_a_folder_of_the_first_format_still_loads(dynamic, tmp_path):
+    folder = dysurgery.save(dynamic, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["format"] == 2
+    old = {key: value for key, value in config.items() if key not in ("static", "biases", "norms")} | {"format": 1}
+    (folder / "config.json").write_text(json.dumps(old))
+    x = torch.randn(2, *IMAGE[1:])
+    torch.testing.assert_close(dysurgery.load(folder)(x), dynamic(x), rtol=0, atol=0)
+
+
+def test_what_was_folded_and_frozen_is_in_the_config_and_comes_back(dynamic, tmp_path):
+    with torch.no_grad():
+        for parameter in dynamic.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model = dysurgery.freeze(dysurgery.fuse_bn(dynamic, torch.randn(IMAGE)), layers="layer1.0.conv2")
+    folder = dysurgery.save(model, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["static"] == ["layer1.0.conv2"]
+    assert "layer1.0.conv2" not in config["layers"]
+    assert {"layer1.0.bn1", "layer1.0.bn2"} <= set(config["norms"])
+    assert {"conv1.0", "layer1.0.conv1", "layer1.0.conv2"} <= set(config["biases"])
+    x = torch.randn(2, *IMAGE[1:])
+    loaded = dysurgery.load(folder)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    # Wrapped in another module, what was done to it is at other paths.
+    wrapped = nn.Sequential(nn.Identity(), loaded)
+    static = nn.Sequential(nn.Identity(), timm.create_model("resnet10t", num_classes=7))
+    again = dysurgery.load(dysurgery.save(wrapped, tmp_path / "wrapped"), model=static)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    with pytest.raises(dysurgery.DysurgeryError, match="does not fit"):
+        dysurgery.load(folder, model=timm.create_model("resnet18", num_classes=7))
+
+
 def damage(folder, name, text):
     (folder / name).write_text(text)
 
@@ -143,7 +177,8 @@ def damage(folder, name, text):
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: damage(f, "config.json", "{"), "cannot be read"),
         (lambda f: damage(f, "config.json", "[]"), "format"),
-        (lambda f: damage(f, "config.json", '{"format": 99}'), "99"),
+        (lambda f: damage(f, "config.json", '{"format": 99}'), "99, which a newer version"),
+        (lambda f: damage(f, "config.json", '{"format": 2}'), "damaged"),
         (lambda f: damage(f, "config.json", '{"format": 1}'), "damaged"),
         (lambda f: damage(f, "model.safetensors", "rubbish"), "does not fit"),
         (lambda f: os.truncate(f / "model.safetensors", 10_000), "does not fit"),

@@ -3,7 +3,8 @@
 A static layer comes in through :mod:`handlers` (is there a counterpart?), :mod:`fold` (made plain if reparametrised)
 and :meth:`DynamicLayer.from_static`, which fills a :mod:`bank` of K kernels and makes a gate (:mod:`attention`).
 At run time the layer pools its input, asks the gate for pi, and :mod:`execution` chooses the way to convolve each
-sample with its own mix.
+sample with its own mix. The way back: :meth:`DynamicLayer.to_static` is one layer with one kernel, and :mod:`norm` puts
+a BatchNorm into the bank before it.
 """
 
 from dysurgery.nn.attention import GATES, Gate, SigmoidGate, SoftmaxGate
@@ -21,6 +22,7 @@ from dysurgery.nn.fold import folded
 from dysurgery.nn.handlers import HANDLERS, handler, refusal
 from dysurgery.nn.layer import DynamicLayer
 from dysurgery.nn.linear import DynamicLinear
+from dysurgery.nn.norm import FusedNorm
 from dysurgery.nn.temperature import TemperatureSchedule, set_temperature, temperature
 from dysurgery.nn.timm_conv import (
     DynamicConv2dSame,
@@ -47,6 +49,7 @@ __all__ = [
     "DynamicScaledStdConv2dSame",
     "DynamicStdConv2d",
     "DynamicStdConv2dSame",
+    "FusedNorm",
     "Gate",
     "SigmoidGate",
     "SoftmaxGate",

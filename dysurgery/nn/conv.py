@@ -69,6 +69,12 @@ class DynamicConvNd(DynamicLayer):
         )
         return layer
 
+    def plain(self) -> nn.Module:
+        make: Any = self.geometry_of
+        geometry = {name: getattr(self, name) for name in self.arguments}
+        static: nn.Module = make(**geometry, bias=self.bias_bank is not None, device="meta", dtype=self.bank.dtype)
+        return static
+
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
         """Pad x by what the convolution itself cannot; return it with the zero padding that is left to do."""
         if self.padding_mode == "zeros":

@@ -14,6 +14,9 @@ from dysurgery.errors import UsageError
 from dysurgery.nn import bank
 from dysurgery.nn.attention import gate_class
 
+WAS_DYNAMIC, BIAS_ADDED = MARKS = "was_dynamic", "bias_added"
+"""Attributes that are set on a layer for :mod:`dysurgery.checkpoint`: it was dynamic once, it got a bias it had not."""
+
 
 class DynamicLayer(nn.Module):
     """A bank (K, weights of one kernel), a bias bank (K, Cout) or None, and a gate over the input's channels.
@@ -139,9 +142,47 @@ class DynamicLayer(nn.Module):
                 layer.get_parameter(name).requires_grad_(parameter.requires_grad).copy_(parameter)
         return layer.train(static.training)
 
+    def plain(self) -> nn.Module:
+        """Return a static layer of the same geometry and type without storage, which convolves with its weight as is.
+
+        That is an instance of :attr:`replaces`, unless that class transforms its weight first.
+        """
+        raise NotImplementedError
+
+    def to_static(self, pi: Tensor | None = None) -> nn.Module:
+        """Return the static layer with the kernel ``sum_k pi_k W_k``, marked as :data:`WAS_DYNAMIC`.
+
+        Type, device, requires_grad and train or eval mode carry over.
+
+        Args:
+            pi: (K,) constant weights; None are those of an attention that says nothing (z = 0), all equal.
+
+        Raises:
+            UsageError: if pi is not of shape (K,).
+        """
+        if pi is None:
+            z = torch.zeros(1, self.k, dtype=torch.float64, device="cpu")
+            pi = self.gate.weights(z, z.new_ones(()))[0]
+        if pi.shape != (self.k,):
+            raise UsageError(f"{self.k} kernels take as many weights, got a tensor of shape {tuple(pi.shape)}")
+        static = self.plain().to_empty(device=self.bank.device)
+        pi = pi.detach().cpu().double()
+        with torch.no_grad():
+            for name, mixed in (("weight", self.kernels()), ("bias", self.bias_bank)):
+                if mixed is not None:
+                    parameter = static.get_parameter(name)
+                    parameter.copy_((pi @ mixed.detach().cpu().double()).view(parameter.shape))
+                    parameter.requires_grad_(self.bank.requires_grad)
+        vars(static)[WAS_DYNAMIC] = True
+        return static.train(self.training)
+
     def kernels(self) -> Tensor:
         """Return the kernels that are mixed, (K, weights of one kernel): the bank, unless the layer transforms it."""
         return self.bank
+
+    def own_attributes(self) -> set[str]:
+        """Return the attributes that describe this layer and would mean nothing on a static one in its place."""
+        return {"k", "weight_shape", "out_channels"} | {name for name in vars(self) if hasattr(type(self), name)}
 
     def options(self) -> dict[str, Any]:
         """Return the arguments that :meth:`like` needs to build this layer again."""

@@ -70,6 +70,10 @@ class DynamicLinear(DynamicLayer):
             dtype=static.weight.dtype,
         )
 
+    def plain(self) -> nn.Module:
+        bias = self.bias_bank is not None
+        return nn.Linear(self.in_features, self.out_features, bias, device="meta", dtype=self.bank.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, ..., Cin) to (B, ..., Cout); the attention sees the mean over the axes in between.
 

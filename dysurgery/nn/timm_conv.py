@@ -22,9 +22,19 @@ class DynamicConv2dSame(DynamicConv2d):
 
     replaces = Conv2dSame
 
+    def plain(self) -> nn.Module:
+        return _same(self)
+
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
         # timm pads first and then convolves with self.padding, which is (0, 0).
         return pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)), (0, 0)
+
+
+def _same(layer: DynamicConv2d) -> nn.Module:
+    """Return a ``Conv2dSame`` of the geometry of ``layer``, without storage."""
+    geometry = {name: getattr(layer, name) for name in layer.arguments if not name.startswith("padding")}
+    static: nn.Module = Conv2dSame(**geometry, bias=layer.bias_bank is not None, device="meta", dtype=layer.bank.dtype)
+    return static
 
 
 class DynamicStdConv2d(DynamicConv2d):
@@ -84,6 +94,9 @@ class _PadSame(DynamicConv2d):
         assert isinstance(static, StdConv2dSame | ScaledStdConv2dSame)
         layer.same_pad = static.same_pad
         return layer
+
+    def plain(self) -> nn.Module:
+        return _same(self) if self.same_pad else super().plain()
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...] | str]:
         if self.same_pad:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dysurgery.example import undisturbed
+from dysurgery.demote import attention_on
 from dysurgery.nn import DynamicLayer
 
 
@@ -32,29 +32,11 @@ def attention_statistics(model: nn.Module, batches: Iterable[Tensor]) -> tuple[A
     The weights of a sigmoid gate are divided by their sum for the entropy.
     """
     layers = {p: m for p, m in model.named_modules() if isinstance(m, DynamicLayer) and m.k > 1}
-    seen: dict[str, list[Tensor]] = {}
-    hooks = []
-    for path, layer in layers.items():
-
-        def collect(gate: nn.Module, args: tuple[Tensor, ...], pi: Tensor, path: str = path) -> None:
-            seen.setdefault(path, []).append(pi.detach().reshape(-1, pi.shape[-1]).double().cpu())
-
-        hooks.append(layer.gate.register_forward_hook(collect))
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with undisturbed(model):
-            for batch in batches:
-                model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    if not layers:
+        return ()
     found = []
-    for path in layers:
-        if path in seen:
-            pi = torch.cat(seen[path])
+    for path, pi in attention_on(model, batches).items():
+        if path in layers:
             found.append(AttentionStatistics(path, *entropy_and_spread(pi)))
     return tuple(found)
 

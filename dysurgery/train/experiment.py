@@ -36,7 +36,7 @@ from dysurgery.example import shadow
 from dysurgery.files import write_text
 from dysurgery.latency import latency
 from dysurgery.models import BuiltModel, build, preprocessing_of, rebuild
-from dysurgery.nn import DynamicLayer
+from dysurgery.nn import DynamicLayer, FusedNorm
 from dysurgery.rewrite import convert
 from dysurgery.source import Source, describe
 from dysurgery.train.curves import draw_curves
@@ -252,6 +252,25 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise DysurgeryError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
+def dynamic_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return where the dynamic network of a run is, or of one seed of it; any other folder as it is.
+
+    Raises:
+        UsageError: for a run with several seeds, which has several.
+        DysurgeryError: for a run that is not finished.
+    """
+    place = Path(folder)
+    seeds = read_run(place)["run"]["seeds"] if (place / RUN).exists() else ()
+    if len(seeds) > 1:
+        each = ", ".join(str(place / f"seed-{seed}") for seed in seeds)
+        raise UsageError(f"{folder} holds a network for each of {len(seeds)} seeds: say which, {each}")
+    if (place / "dynamic" / checkpoint.CONFIG).exists():
+        return place / "dynamic"
+    if seeds:
+        raise DysurgeryError(f"the run in {folder} has no dynamic network yet: finish it with finetune --resume")
+    return place
+
+
 @dataclass
 class _Experiment:
     recipe: Recipe
@@ -304,6 +323,11 @@ class _Experiment:
             self.notes.append(
                 f"training ends at tau = {tau:.3g}: the warmup of {self.recipe.temperature.warmup:g} epochs is longer "
                 f"than its {self.recipe.finetune.epochs} epochs (temperature.warmup)"
+            )
+        if any(isinstance(module, FusedNorm) for module in model.modules()):
+            self.notes.append(
+                "the BatchNorms of this network are folded away, without which it trains badly: go on with the one "
+                "that was folded, then fold the result"
             )
         if self.new_head:
             self.notes.append(f"a fresh head for {self.classes} classes in place of {outputs}: before is by chance")

@@ -319,13 +319,23 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"the recipe {name} is no TOML: {error}") from error
-    for key, value in (overrides or {}).items():
+    data = overridden(data, overrides or {}, name)
+    return recipe_from(data, Path(name).stem if name.endswith(".toml") else name)
+
+
+def overridden(data: dict[str, Any], overrides: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Replace values of a recipe, given as plain values, in place: ``section.key`` (or ``key``) -> value.
+
+    Raises:
+        UsageError: for something that is no section.
+    """
+    for key, value in overrides.items():
         section, _, entry = key.rpartition(".")
         table = data.setdefault(section, {}) if section else data
         if not isinstance(table, dict):
             raise UsageError(f"{section!r} is no section of the recipe {name}")
         table[entry] = value
-    return recipe_from(data, Path(name).stem if name.endswith(".toml") else name)
+    return data
 
 
 def recipe_from(data: Mapping[str, Any], name: str) -> Recipe:
