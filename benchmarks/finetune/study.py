@@ -30,35 +30,39 @@ HERE = Path(__file__).parent
 
 RESNET20 = "--data cifar10 --recipe cifar10-resnet20 --set finetune.channels_last=true"
 CIFAR = f"{RESNET20} --seeds 0,1,2 --set val_part=odd"
-SHORT = "--set finetune.warmup_epochs=0.5 --set temperature.warmup=1"
+# What the recipes said first, and what changed with the ablation of it.
+FIRST = "--set finetune.attention_lr=0.1 --set temperature.start=30 --set temperature.warmup"
 PRETRAIN = (
     "--set pretrain.epochs=8 --set pretrain.batch_size=128 --set pretrain.lr=0.1 --set pretrain.weight_decay=5e-4 "
     "--set pretrain.warmup_epochs=1"
 )
-NARROW = "--set finetune.epochs=8 --set finetune.lr=0.1 --set finetune.warmup_epochs=1 --set temperature.warmup=2"
+NARROW = "--set finetune.epochs=8 --set finetune.lr=0.1 --set finetune.warmup_epochs=1"
 DIGITS = "--recipe digits --seeds 0,1,2,3,4,5,6,7,8,9"
 PRETRAINED = "cifar_resnet20 --weights resnet20_cifar10.safetensors"
+HEADLINE = f"{PRETRAINED} {CIFAR} --set finetune.epochs=5 --set finetune.lr=0.05 --set finetune.warmup_epochs=0.5"
 ABLATION = (
-    f"{{runs}}/narrow/seed-0/before {RESNET20} --seeds 0 --set val_part=even "
-    f"--set train_images=25000 --set finetune.epochs=4 {SHORT}"
+    f"{{runs}}/narrow-first_defaults/seed-0/before {RESNET20} --seeds 0 --set val_part=even "
+    "--set train_images=25000 --set finetune.epochs=4 --set finetune.warmup_epochs=0.5"
 )
+FULL = "--set finetune.attention_lr=1"
 
 # group, row -> the arguments of ``dysurgery finetune``
 ROWS: dict[str, dict[str, str]] = {
     "1 the headline": {
-        "resnet20": f"{PRETRAINED} {CIFAR} --set finetune.epochs=5 --set finetune.lr=0.05 "
-        "--set finetune.warmup_epochs=0.5 --set temperature.warmup=2 --set finetune.amp=bf16",
+        "resnet20": f"{HEADLINE} --set finetune.amp=bf16",
+        "resnet20, first defaults": f"{HEADLINE} {FIRST}=2 --set finetune.amp=bf16",
     },
     "1 its learning rate, on 20 000 images": {
-        f"resnet20, lr {lr}": f"{PRETRAINED} {RESNET20} --seeds 0 --set val_part=even --set train_images=20000 "
-        f"--set finetune.epochs=3 {SHORT} --set finetune.lr={lr}"
+        f"resnet20, first defaults, lr {lr}": f"{PRETRAINED} {RESNET20} --seeds 0 --set val_part=even "
+        f"--set train_images=20000 --set finetune.epochs=3 --set finetune.warmup_epochs=0.5 {FIRST}=1 "
+        f"--set finetune.lr={lr}"
         for lr in (0.02, 0.05, 0.1)
     },
     "3 narrower": {
-        "narrow": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW}",
-        # Goes on from what "narrow" pretrained, one run for each seed, and is compared with the controls of "narrow".
-        "narrow, attention at lr x 1, tau 1": f"{{runs}}/narrow/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
-        f"--set val_part=odd {NARROW} --no-control --set finetune.attention_lr=1 --set temperature.start=1",
+        # Goes on from what the next row pretrained, one run for each seed, and is compared with the controls of it.
+        "narrow": f"{{runs}}/narrow-first_defaults/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
+        f"--set val_part=odd {NARROW} --no-control",
+        "narrow, first defaults": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW} {FIRST}=2",
         "half": f"cifar_resnet20 --model-arg width=8 {CIFAR} {PRETRAIN} {NARROW}",
     },
     "4 from random weights": {
@@ -67,58 +71,60 @@ ROWS: dict[str, dict[str, str]] = {
     "5 transfer": {
         "flowers": f"{HERE}/mobilenetv1.py:mobilenetv1_025 --weights keras_mobilenetv1_025_224.safetensors "
         "--data flowers --recipe folder --seeds 0,1,2 --set val_part=odd --input-size 3 128 128 "
-        "--set finetune.epochs=8 --set temperature.warmup=2 --set finetune.workers=0",
+        "--set finetune.epochs=8 --set finetune.workers=0",
     },
     "digits": {
         "digits": DIGITS,
-        "digits, not calibrated": f"{DIGITS} --set surgery.calibrate=0",
-        "digits, deviation 1.5": f"{DIGITS} --set surgery.calibrate=1.5",
-        "digits, attention at the full rate": f"{DIGITS} --set finetune.attention_lr=1",
-        "digits, not calibrated, attention at the full rate": f"{DIGITS} --set surgery.calibrate=0 "
-        "--set finetune.attention_lr=1",
-        "digits, AdamW": f"{DIGITS} --set finetune.opt=adamw --set finetune.lr=0.005",
-        "digits, width 8": f"{DIGITS} --model-arg width=8",
+        "digits, tau 30 to 1": f"{DIGITS} --set temperature.start=30",
+        "digits, first defaults": f"{DIGITS} {FIRST}=10",
     },
     "2 ablation": {
         name: f"{ABLATION} {options}"
         for name, options in {
-            "default, lr 0.1": "",
+            "default": "",
             "lr 0.05": "--set finetune.lr=0.05",
             "lr 0.2": "--set finetune.lr=0.2",
-            "K = 2": "--no-control --set surgery.k=2",
-            "K = 8": "--no-control --set surgery.k=8",
-            "tau 1": "--no-control --set temperature.start=1",
-            "tau 30": "--no-control --set temperature.end=30",
-            "tau 30 to 1 over all epochs": "--no-control --set temperature.warmup=4",
-            "sigmoid": "--no-control --set surgery.gate=sigmoid",
-            "copies, not calibrated": "--no-control --set surgery.calibrate=0",
-            "zero-sum, not calibrated": "--no-control --set surgery.calibrate=0 --set surgery.start=zero-sum",
-            "calibrated, deviation 0.25": "--no-control --set surgery.calibrate=0.25",
-            "calibrated, decorrelated": "--no-control --set surgery.calibrate_by=decorrelated",
-            "calibrated, by clusters": "--no-control --set surgery.calibrate_by=clusters",
-            "calibrated, deviation 1": "--no-control --set surgery.calibrate=1",
-            "calibrated, deviation 1.5": "--no-control --set surgery.calibrate=1.5",
-            "calibrated, deviation 3": "--no-control --set surgery.calibrate=3",
-            "kernels at lr x 1": "--no-control --set finetune.bank_lr=1",
-            "kernels at lr x 2": "--no-control --set finetune.bank_lr=2",
-            "kernels at lr x 8": "--no-control --set finetune.bank_lr=8",
-            "attention at lr x 0.01": "--no-control --set finetune.attention_lr=0.01",
-            "attention at lr x 1": "--no-control --set finetune.attention_lr=1",
-            "attention at lr x 4": "--no-control --set finetune.attention_lr=4",
-            "attention at lr x 1, deviation 1": "--no-control --set finetune.attention_lr=1 --set surgery.calibrate=1",
-            "attention at lr x 1, not calibrated": "--no-control --set finetune.attention_lr=1 "
-            "--set surgery.calibrate=0",
-            "attention at lr x 1, tau 1": "--no-control --set finetune.attention_lr=1 --set temperature.start=1",
-            "attention at lr x 1, kernels at lr x 8": "--no-control --set finetune.attention_lr=1 "
-            "--set finetune.bank_lr=8",
-            "attention at lr x 1, kernels at lr x 2, deviation 1": "--no-control --set finetune.attention_lr=1 "
-            "--set finetune.bank_lr=2 --set surgery.calibrate=1",
-            "attention at lr x 1, kernels at lr x 1, deviation 1.5": "--no-control --set finetune.attention_lr=1 "
-            "--set finetune.bank_lr=1 --set surgery.calibrate=1.5",
-            "only the dynamic layers train": "--set finetune.train=dynamic",
             "AdamW, lr 0.001": "--set finetune.opt=adamw --set finetune.lr=0.001 --set finetune.weight_decay=0.05",
             "AdamW, lr 0.004": "--set finetune.opt=adamw --set finetune.lr=0.004 --set finetune.weight_decay=0.05",
             "distilled from the static network": "--set distill.weight=1 --set distill.temperature=2",
+            "only the dynamic layers train": "--set finetune.train=dynamic",
+            "tau 30 to 1 in 1 epoch": "--no-control --set temperature.start=30 --set temperature.warmup=1",
+            "tau 30 to 1 over all epochs": "--no-control --set temperature.start=30 --set temperature.warmup=4",
+            "tau 30": "--no-control --set temperature.start=30 --set temperature.end=30",
+            "sigmoid": "--no-control --set surgery.gate=sigmoid",
+            "zero-sum, not calibrated": "--no-control --set surgery.calibrate=0 --set surgery.start=zero-sum",
+            "copies, not calibrated": "--no-control --set surgery.calibrate=0",
+            "K = 2": "--no-control --set surgery.k=2",
+            "K = 8": "--no-control --set surgery.k=8",
+            "deviation 0.25": "--no-control --set surgery.calibrate=0.25",
+            "deviation 1": "--no-control --set surgery.calibrate=1",
+            "kernels at lr x 1": "--no-control --set finetune.bank_lr=1",
+            "kernels at lr x 2": "--no-control --set finetune.bank_lr=2",
+            "kernels at lr x 8": "--no-control --set finetune.bank_lr=8",
+            "attention at lr x 0.1": "--no-control --set finetune.attention_lr=0.1",
+        }.items()
+    },
+    "2 ablation of the first defaults": {
+        f"first defaults{', ' if name else ''}{name}": f"{ABLATION} {FIRST}=1 {options}"
+        for name, options in {
+            "": "",
+            "K = 2": "--no-control --set surgery.k=2",
+            "K = 8": "--no-control --set surgery.k=8",
+            "copies, not calibrated": "--no-control --set surgery.calibrate=0",
+            "decorrelated": "--no-control --set surgery.calibrate_by=decorrelated",
+            "by clusters": "--no-control --set surgery.calibrate_by=clusters",
+            "deviation 1": "--no-control --set surgery.calibrate=1",
+            "deviation 1.5": "--no-control --set surgery.calibrate=1.5",
+            "kernels at lr x 2": "--no-control --set finetune.bank_lr=2",
+            "attention at lr x 0.01": "--no-control --set finetune.attention_lr=0.01",
+            "attention at lr x 4": "--no-control --set finetune.attention_lr=4",
+            "attention at lr x 1, not calibrated": f"--no-control {FULL} --set surgery.calibrate=0",
+            "attention at lr x 1, deviation 1": f"--no-control {FULL} --set surgery.calibrate=1",
+            "attention at lr x 1, kernels at lr x 8": f"--no-control {FULL} --set finetune.bank_lr=8",
+            "attention at lr x 1, kernels at lr x 2, deviation 1": f"--no-control {FULL} --set finetune.bank_lr=2 "
+            "--set surgery.calibrate=1",
+            "attention at lr x 1, kernels at lr x 1, deviation 1.5": f"--no-control {FULL} --set finetune.bank_lr=1 "
+            "--set surgery.calibrate=1.5",
         }.items()
     },
 }

@@ -13,9 +13,6 @@ from torch import nn
 from dysurgery.errors import UsageError
 from dysurgery.nn import DynamicLayer
 
-# At the full rate the gates drift, and some end with one kernel for every image (benchmarks/finetune).
-ATTENTION_LR = 0.1
-
 # Optimizers of timm whose step is proportional to the gradient.
 _PROPORTIONAL = {"sgd", "momentum", "nesterov", "nesterovw", "sgdw", "sgdp"}
 
@@ -27,7 +24,7 @@ def parameter_groups(
     weight_decay: float,
     *,
     bank_lr: float | None = None,
-    attention_lr: float = ATTENTION_LR,
+    attention_lr: float = 1.0,
     attention_weight_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of ``model`` for an optimizer called ``opt``, those that require a gradient.

@@ -20,7 +20,6 @@ from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.nn import GATES, TemperatureSchedule
 from dysurgery.nn.bank import DEFAULT_SPREAD, STARTS
 from dysurgery.select import PRESETS
-from dysurgery.train.groups import ATTENTION_LR
 
 TRAINABLE = ("all", "dynamic", "attention")
 CROPS = ("rrc", "rkrc", "rkrr", "pad", "none")
@@ -106,7 +105,7 @@ class Training:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     bank_lr: float | None = None
-    attention_lr: float = ATTENTION_LR
+    attention_lr: float = 1.0
     attention_weight_decay: float = 1.0
     sched: str = "cosine"
     sched_on: str = "step"
