@@ -28,7 +28,7 @@ from dysurgery.files import sync
 from dysurgery.nn import DynamicLayer, FusedNorm, folded, handler, temperature
 from dysurgery.nn.layer import BIAS_ADDED, WAS_DYNAMIC
 from dysurgery.nn.norm import add_bias
-from dysurgery.rewrite import graft_in_place, rewrite_graphs
+from dysurgery.rewrite import graft, graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
 from dysurgery.weights import with_metadata
 
@@ -297,7 +297,8 @@ def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str
             raise DysurgeryError(f"{folder} does not fit the model that its source builds: {error}") from error
     else:
         check(replaced)
-        model = graft_in_place(model, replaced, build)[0]
+        # A model that is itself one layer has no parent to put another one into.
+        model = graft(model, replaced, build) if "" in replaced else graft_in_place(model, replaced, build)[0]
     check([*config.biases, *config.norms])
     for path in config.biases:
         add_bias(model.get_submodule(path))

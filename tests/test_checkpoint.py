@@ -111,6 +111,14 @@ def test_a_model_of_ones_own_is_passed_in(tmp_path):
     torch.testing.assert_close(dysurgery.load(tmp_path / "saved", model=Custom())(x), dynamic(x))
 
 
+def test_a_model_that_is_one_convolution_comes_back(tmp_path):
+    images = torch.randn(2, 3, 8, 8)
+    dynamic = dysurgery.convert(nn.Conv2d(3, 8, 3), images, layers="all").eval()
+    dysurgery.save(dynamic, tmp_path / "one")
+    loaded = dysurgery.load(tmp_path / "one", model=nn.Conv2d(3, 8, 3))
+    torch.testing.assert_close(loaded(images), dynamic(images), rtol=0, atol=0)
+
+
 def test_a_graph_comes_back_as_a_graph(tmp_path):
     dynamic = dysurgery.convert(Custom().eval(), torch.randn(IMAGE), as_graph=True)
     dysurgery.save(dynamic, tmp_path / "saved")

@@ -13,12 +13,17 @@ def outputs_of(model: nn.Module, images: torch.Tensor) -> int:
     """Return the number of outputs of ``model``.
 
     Raises:
-        DysurgeryError: if it does not return one matrix of logits (B, classes).
+        DysurgeryError: if it does not take ``images`` or does not return one matrix of logits (B, classes).
     """
     training = model.training
     try:
         with torch.no_grad():
             output = model.eval()(images)
+    except Exception as error:  # any network, and whatever it raises
+        raise DysurgeryError(
+            f"{type(model).__name__} does not take {'x'.join(map(str, images.shape[1:]))} images ({sentence(error)}): "
+            "give its own size with --input-size, or as the attribute input_size = (channels, height, width)"
+        ) from error
     finally:
         model.train(training)
     if not isinstance(output, torch.Tensor) or output.ndim != 2:

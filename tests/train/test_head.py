@@ -6,7 +6,7 @@ from torch import nn
 
 import dysurgery
 from dysurgery import DysurgeryError
-from dysurgery.train.head import replace_head
+from dysurgery.train.head import outputs_of, replace_head
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,8 @@ def test_the_attention_is_never_taken_for_the_head():
 def test_what_is_no_classifier_is_refused():
     with pytest.raises(DysurgeryError, match="no classifier"):
         replace_head(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(6, 6)), 5, torch.randn(1, 3, 8, 8), 0)
+
+
+def test_a_network_for_other_images_says_which_it_was_given():
+    with pytest.raises(DysurgeryError, match=r"Conv2d does not take 3x224x224 images .*1 channels.*--input-size"):
+        outputs_of(nn.Conv2d(1, 8, 3), torch.zeros(1, 3, 224, 224))
