@@ -155,10 +155,17 @@ def hub_file(repository: str, filenames: list[str]) -> Path:
 def with_metadata(tensors: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Return a state dict with the metadata of the model's own, which files of tensors lack.
 
-    Some modules refuse one without the version in it (torchvision's MNASNet).
+    Some modules refuse one without the version in it (torchvision's MNASNet). A BatchNorm whose number of batches is
+    not in the file gets none: torch then takes 0 for it, as for every file of that time.
     """
     state = OrderedDict(tensors)
-    state._metadata = model.state_dict(keep_vars=True)._metadata  # type: ignore[attr-defined]
+    own = model.state_dict(keep_vars=True)
+    metadata: dict[str, dict[str, Any]] = own._metadata  # type: ignore[attr-defined]
+    for name in own:
+        path, _, kind = name.rpartition(".")
+        if kind == "num_batches_tracked" and name not in state:
+            metadata[path].pop("version", None)
+    state._metadata = metadata  # type: ignore[attr-defined]
     return state
 
 

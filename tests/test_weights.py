@@ -198,6 +198,15 @@ def changed(state, **new):
     return {k: v for k, v in {**state, **new}.items() if v is not None}
 
 
+def test_a_file_from_before_batches_were_counted_is_read(tmp_path):
+    state = timm.create_model("cifar_resnet20", width=4).state_dict()
+    old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    save_file(old, tmp_path / "old.safetensors")
+    model = build("cifar_resnet20", weights=str(tmp_path / "old.safetensors"), model_args={"width": 4}).model
+    assert all(torch.equal(value, old[key]) for key, value in model.state_dict().items() if key in old)
+    assert model.bn1.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
