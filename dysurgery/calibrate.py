@@ -22,7 +22,7 @@ from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.example import undisturbed
 from dysurgery.nn import DynamicLayer, Gate
 
-DEFAULT_STD = 0.5
+DEFAULT_STD = 0.1
 DEFAULT_BY = "random"
 
 # A feature that varies less than this over images, relative to the others or to its own size, is as good as constant.

@@ -6,8 +6,8 @@
 
 INPUTS is a folder with ``cifar10/`` and ``flowers/`` (folders of images with train/ and val/),
 ``resnet20_cifar10.safetensors`` and ``keras_mobilenetv1_025_224.safetensors``. Rows of the ablations start
-from what ``narrow, first defaults`` pretrained, so that row comes first; they are measured on the even validation images, on which
-settings are chosen, the others on the odd ones.
+from what ``narrow, first defaults`` pretrained, so that row comes first; they are measured on the even validation
+images, on which settings are chosen, the others on the odd ones.
 """
 
 import argparse
@@ -30,8 +30,10 @@ HERE = Path(__file__).parent
 
 RESNET20 = "--data cifar10 --recipe cifar10-resnet20 --set finetune.channels_last=true"
 CIFAR = f"{RESNET20} --seeds 0,1,2 --set val_part=odd"
-# What the recipes said first, and what changed with the ablation of it.
-FIRST = "--set finetune.attention_lr=0.1 --set temperature.start=30 --set temperature.warmup"
+# What the recipes said first, and after the first ablation; what they say now came out of the second and of flowers.
+ADAMW = "--set finetune.bank_lr=1 --set finetune.opt=adamw --set finetune.weight_decay=0.05 --set finetune.lr"
+SECOND = "--set surgery.calibrate=0.5 --set finetune.bank_lr=4"
+FIRST = f"{SECOND} --set finetune.attention_lr=0.1 --set temperature.start=30 --set temperature.warmup"
 PRETRAIN = (
     "--set pretrain.epochs=8 --set pretrain.batch_size=128 --set pretrain.lr=0.1 --set pretrain.weight_decay=5e-4 "
     "--set pretrain.warmup_epochs=1"
@@ -44,12 +46,18 @@ ABLATION = (
     f"{{runs}}/narrow-first_defaults/seed-0/before {RESNET20} --seeds 0 --set val_part=even "
     "--set train_images=25000 --set finetune.epochs=4 --set finetune.warmup_epochs=0.5"
 )
+FLOWERS = (
+    f"{HERE}/mobilenetv1.py:mobilenetv1_025 --weights keras_mobilenetv1_025_224.safetensors --data flowers "
+    "--recipe folder --seeds 0,1,2 --set val_part=odd --input-size 3 128 128 --set finetune.epochs=8 "
+    "--set finetune.workers=0"
+)
 FULL = "--set finetune.attention_lr=1"
 
 # group, row -> the arguments of ``dysurgery finetune``
 ROWS: dict[str, dict[str, str]] = {
     "1 the headline": {
-        "resnet20": f"{HEADLINE} --set finetune.amp=bf16",
+        # Compared with the controls of the next row, which these defaults do not change; so is "narrow".
+        "resnet20": f"{HEADLINE} --set finetune.amp=bf16 --no-control",
         "resnet20, first defaults": f"{HEADLINE} {FIRST}=2 --set finetune.amp=bf16",
     },
     "1 its learning rate, on 20 000 images": {
@@ -62,6 +70,8 @@ ROWS: dict[str, dict[str, str]] = {
         # Goes on from what the next row pretrained, one run for each seed, and is compared with the controls of it.
         "narrow": f"{{runs}}/narrow-first_defaults/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
         f"--set val_part=odd {NARROW} --no-control",
+        "narrow, second defaults": f"{{runs}}/narrow-first_defaults/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
+        f"--set val_part=odd {NARROW} --no-control {SECOND}",
         "narrow, first defaults": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW} {FIRST}=2",
         "half": f"cifar_resnet20 --model-arg width=8 {CIFAR} {PRETRAIN} {NARROW}",
     },
@@ -69,23 +79,27 @@ ROWS: dict[str, dict[str, str]] = {
         "random": f"cifar_resnet20 --model-arg width=4 --weights random {CIFAR} {NARROW}",
     },
     "5 transfer": {
-        "flowers": f"{HERE}/mobilenetv1.py:mobilenetv1_025 --weights keras_mobilenetv1_025_224.safetensors "
-        "--data flowers --recipe folder --seeds 0,1,2 --set val_part=odd --input-size 3 128 128 "
-        "--set finetune.epochs=8 --set finetune.workers=0",
+        "flowers": FLOWERS,
+        "flowers, second defaults": f"{FLOWERS} {SECOND}",
     },
     "digits": {
         "digits": DIGITS,
-        "digits, tau 30 to 1": f"{DIGITS} --set temperature.start=30",
+        "digits, second defaults": f"{DIGITS} {SECOND}",
         "digits, first defaults": f"{DIGITS} {FIRST}=10",
     },
     "2 ablation": {
-        name: f"{ABLATION} {options}"
+        "default": f"{ABLATION} --no-control",
+        "deviation 0.5": f"{ABLATION} --no-control --set surgery.calibrate=0.5",
+        "deviation 1": f"{ABLATION} --no-control --set surgery.calibrate=1",
+    },
+    "2 ablation of the second defaults": {
+        f"second defaults{', ' if name else ''}{name}": f"{ABLATION} {SECOND} {options}"
         for name, options in {
-            "default": "",
+            "": "",
             "lr 0.05": "--set finetune.lr=0.05",
             "lr 0.2": "--set finetune.lr=0.2",
-            "AdamW, lr 0.001": "--set finetune.opt=adamw --set finetune.lr=0.001 --set finetune.weight_decay=0.05",
-            "AdamW, lr 0.004": "--set finetune.opt=adamw --set finetune.lr=0.004 --set finetune.weight_decay=0.05",
+            "AdamW, lr 0.001": f"{ADAMW}=0.001",
+            "AdamW, lr 0.004": f"{ADAMW}=0.004",
             "distilled from the static network": "--set distill.weight=1 --set distill.temperature=2",
             "only the dynamic layers train": "--set finetune.train=dynamic",
             "tau 30 to 1 in 1 epoch": "--no-control --set temperature.start=30 --set temperature.warmup=1",
@@ -94,8 +108,8 @@ ROWS: dict[str, dict[str, str]] = {
             "sigmoid": "--no-control --set surgery.gate=sigmoid",
             "zero-sum, not calibrated": "--no-control --set surgery.calibrate=0 --set surgery.start=zero-sum",
             "copies, not calibrated": "--no-control --set surgery.calibrate=0",
-            "K = 2": "--no-control --set surgery.k=2",
-            "K = 8": "--no-control --set surgery.k=8",
+            "K = 2": "--no-control --set surgery.k=2 --set finetune.bank_lr=2",
+            "K = 8": "--no-control --set surgery.k=8 --set finetune.bank_lr=8",
             "deviation 0.25": "--no-control --set surgery.calibrate=0.25",
             "deviation 1": "--no-control --set surgery.calibrate=1",
             "kernels at lr x 1": "--no-control --set finetune.bank_lr=1",
@@ -108,8 +122,8 @@ ROWS: dict[str, dict[str, str]] = {
         f"first defaults{', ' if name else ''}{name}": f"{ABLATION} {FIRST}=1 {options}"
         for name, options in {
             "": "",
-            "K = 2": "--no-control --set surgery.k=2",
-            "K = 8": "--no-control --set surgery.k=8",
+            "K = 2": "--no-control --set surgery.k=2 --set finetune.bank_lr=2",
+            "K = 8": "--no-control --set surgery.k=8 --set finetune.bank_lr=8",
             "copies, not calibrated": "--no-control --set surgery.calibrate=0",
             "decorrelated": "--no-control --set surgery.calibrate_by=decorrelated",
             "by clusters": "--no-control --set surgery.calibrate_by=clusters",
@@ -169,12 +183,14 @@ def collected(row: str, runs: Path) -> dict[str, Any] | None:
     results = [json.loads(path.read_text()) for path in paths]
     result = results[0]
     history = [epoch for each in results for epoch in each["history"]]
-    if len(results) > 1:
-        static = json.loads((runs / "narrow-first_defaults" / "result.json").read_text())
+    first = f"{row.partition(',')[0]}, first defaults"
+    if first in ROWS[group_of(row)] and results[0]["seeds"][0]["control"] is None:
+        # The control is the same one, and was not trained again.
+        static = json.loads((runs / folder_of(first) / "result.json").read_text())
         history += [epoch for epoch in static["history"] if epoch["phase"] == "control"]
         controls = {seed["seed"]: seed["control"] for seed in static["seeds"]}
-        for each in results:
-            each["seeds"][0]["control"] = controls[each["seeds"][0]["seed"]]
+        for seed in (seed for each in results for seed in each["seeds"]):
+            seed["control"] = controls[seed["seed"]]
     last = {(e["phase"], e["seed"]): e for e in history if e["number"] == e["of"]}
     seeds = [seed for each in results for seed in each["seeds"]]
 
@@ -219,6 +235,7 @@ def collect(runs: Path) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
     text = (HERE / "README.md").read_text()
     tables = {
+        "second ablation": ablation_table(rows, "2 ablation of the second defaults"),
         "main": main_table(rows),
         "ablation": ablation_table(rows, "2 ablation"),
         "first ablation": ablation_table(rows, "2 ablation of the first defaults"),

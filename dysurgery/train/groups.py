@@ -1,20 +1,30 @@
 """Parameter groups: the mixed kernel is to move as fast as the static one did.
 
-Under SGD every kernel gets ``pi_k * g`` of the mixed kernel's gradient g, so with pi = 1/K the mix moves K times slower
-than the static kernel at the same rate, and its weight decay acts as before. Banks therefore get K times the rate and
-1/K of the weight decay. Adam and its like divide the size of the gradient out, and need no scaling.
+Under SGD kernel k gets ``pi_k * g`` of the mixed kernel's gradient g, so that a step at rate r moves the mix by
+``sum_k pi_k^2 * r * g``: K times slower than the static kernel where pi = 1/K, as fast where one kernel takes all.
+Banks therefore get ``1 / sum_k E[pi_k]^2`` times the rate, E being the mean over the images of the step, and their
+weight decay divided by as much, so that it acts as before. That is K times after conversion. Were it K for ever, an
+attention that sharpens would speed its kernels up, which shifts the features that it sees, which sharpens it further,
+to the network's collapse (``benchmarks/finetune``). Adam and its like divide the size of the gradient out, and need no
+scaling.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dysurgery.errors import UsageError
 from dysurgery.nn import DynamicLayer
 
 # Optimizers of timm whose step is proportional to the gradient.
 _PROPORTIONAL = {"sgd", "momentum", "nesterov", "nesterovw", "sgdw", "sgdp"}
+
+# In the place of a layer's path: no path has a space.
+NOT_FOLLOWED = "not followed"
 
 
 def parameter_groups(
@@ -37,30 +47,98 @@ def parameter_groups(
         lr: of everything that has no factor.
         weight_decay: of everything that has no factor.
         bank_lr: factor on the rate and divisor of the weight decay of the banks; None is the layer's K under SGD and
-            its like, else 1. 0 freezes them.
+            its like, right for pi = 1/K and kept right by :class:`BankRates`, else 1. 0 freezes them.
         attention_lr: factor on the rate of the attention.
         attention_weight_decay: factor on its weight decay.
+
+    Returns:
+        The groups; one that :class:`BankRates` is to follow has its layer's path under ``layer``.
     """
     proportional = opt.lower() in _PROPORTIONAL
-    factors: dict[int, tuple[float, float]] = {}
-    for layer in model.modules():
+    factors: dict[int, tuple[float, float, str]] = {}
+    for path, layer in model.named_modules():
         if isinstance(layer, DynamicLayer):
             scale = bank_lr if bank_lr is not None else float(layer.k) if proportional else 1.0
             for bank in (layer.bank, layer.bias_bank):
                 if bank is not None:
-                    factors[id(bank)] = (scale, 1.0 / scale if scale else 0.0)
+                    followed = path if bank_lr is None and proportional else NOT_FOLLOWED
+                    factors[id(bank)] = (scale, 1.0 / scale if scale else 0.0, followed)
             for parameter in layer.gate.parameters():
-                factors[id(parameter)] = (attention_lr, attention_weight_decay)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+                factors[id(parameter)] = (attention_lr, attention_weight_decay, NOT_FOLLOWED)
+    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate, decay = factors.get(id(parameter), (1.0, 1.0))
+            rate, decay, layer = factors.get(id(parameter), (1.0, 1.0, NOT_FOLLOWED))
             decays = parameter.ndim > 1 and not name.endswith("bias_bank")
-            groups.setdefault((rate, decay if decays else 0.0), []).append(parameter)
+            groups.setdefault((rate, decay if decays else 0.0, layer), []).append(parameter)
     return [
-        {"params": parameters, "lr": lr * rate, "weight_decay": weight_decay * decay}
-        for (rate, decay), parameters in groups.items()
+        {"params": parameters, "lr": lr * rate, "weight_decay": weight_decay * decay, "layer": layer}
+        for (rate, decay, layer), parameters in groups.items()
     ]
+
+
+class BankRates:
+    """Follows how the attention is used, and keeps the banks' rates right for it.
+
+    Args:
+        model: what is trained; its gates are watched in training mode.
+        groups: of the optimizer, from :func:`parameter_groups`.
+        total: sums each value over all processes, so that all take the same step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        total: Callable[..., list[float]] = lambda *values: [*values],
+    ) -> None:
+        self.groups, self.total = groups, total
+        followed = {group["layer"] for group in groups} - {NOT_FOLLOWED}
+        self.layers = {p: m for p, m in model.named_modules() if p in followed and isinstance(m, DynamicLayer)}
+        self.seen: dict[str, list[Tensor]] = defaultdict(list)
+        self.hooks = [layer.gate.register_forward_hook(self._watch(path)) for path, layer in self.layers.items()]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _watch(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(gate: nn.Module, args: Any, pi: Tensor) -> None:
+            if gate.training:
+                flat = pi.detach().reshape(-1, pi.shape[-1])
+                self.seen[path].append(torch.cat([flat.sum(dim=0), flat.new_full((1,), len(flat))]))
+
+        return add
+
+    def factors(self) -> dict[str, float]:
+        """Return ``1 / (K * sum_k E[pi_k]^2)`` of each layer over the images since the last call, and forget them."""
+        sums = [
+            torch.stack(self.seen[path]).sum(dim=0).double() if self.seen[path] else torch.zeros(layer.k + 1).double()
+            for path, layer in self.layers.items()
+        ]
+        self.seen.clear()
+        if not sums:
+            return {}
+        here = torch.cat([each.to(sums[-1].device) for each in sums])
+        everywhere = iter(self.total(*here.tolist()))
+        found = {}
+        for path, layer in self.layers.items():
+            *used, count = [next(everywhere) for _ in range(layer.k + 1)]
+            found[path] = count**2 / (layer.k * sum(each**2 for each in used)) if count else 1.0
+        return found
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Take the optimizer's step in here."""
+        factors = self.factors()
+        kept = [(group["lr"], group["weight_decay"]) for group in self.groups]
+        for group in self.groups:
+            factor = factors.get(group["layer"], 1.0)
+            group["lr"], group["weight_decay"] = group["lr"] * factor, group["weight_decay"] / factor
+        yield
+        for group, (lr, weight_decay) in zip(self.groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = lr, weight_decay
 
 
 def freeze(model: nn.Module, train: str) -> None:

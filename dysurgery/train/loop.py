@@ -29,7 +29,7 @@ from dysurgery.errors import DysurgeryError, UsageError, sentence
 from dysurgery.nn import DynamicLayer, set_temperature
 from dysurgery.train.attention import attention_statistics
 from dysurgery.train.data import Batches, Data, seed_generators, spread_images, train_loader, val_loader, worker_errors
-from dysurgery.train.groups import freeze, parameter_groups
+from dysurgery.train.groups import BankRates, freeze, parameter_groups
 from dysurgery.train.head import outputs_of
 from dysurgery.train.processes import Processes
 from dysurgery.train.recipe import Augment, Distill, Temperature, Training
@@ -195,6 +195,7 @@ class _Run:
             attention_weight_decay=how.attention_weight_decay,
         )  # fmt: skip
         self.optimizer = _optimizer(groups, how)
+        self.bank_rates = BankRates(self.model, self.optimizer.param_groups, processes.sum)
         self.factor = groups[0]["lr"] / how.lr if how.lr else 1.0
         self.scheduler = _scheduler(self.optimizer, how, self.steps)
         self.scaler = NativeScaler(device=processes.device.type) if how.amp == "fp16" else None
@@ -255,9 +256,12 @@ class _Run:
             self._save()
         if job.processes.first:
             job.observer.on_start(job.phase, job.seed, tuple(self.history), job.how.epochs * self.steps)
-        with _sentences(job):
-            while len(self.history) < job.how.epochs:
-                self._epoch()
+        try:
+            with _sentences(job):
+                while len(self.history) < job.how.epochs:
+                    self._epoch()
+        finally:
+            self.bank_rates.close()
         if self.best is not None:
             self._kept().load_state_dict(self.best)
         return self.history, self._kept().eval()
@@ -324,7 +328,8 @@ class _Run:
                 f"tau {'-' if tau is None else f'{tau:.3g}'}): lower finetune.lr, or bound the gradient with "
                 "finetune.clip_grad=1; the last good state is kept"
             )
-        self._update(loss)
+        with self.bank_rates.applied():
+            self._update(loss)
         if self.scheduler is not None and how.sched_on == "step":
             self.scheduler.step_update(self.step + 1)
         if how.ema_decay:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import dysurgery
 from dysurgery.nn import DynamicLayer
 from dysurgery.train import parameter_groups
+from dysurgery.train.groups import BankRates
 
 
 def network():
@@ -49,6 +50,34 @@ def test_without_the_groups_the_convolutions_move_k_times_slower():
     plain = change_after_one_step(dynamic, torch.optim.SGD(copy.copy(list(dynamic.parameters())), lr=0.05))
     wanted = change_after_one_step(static, torch.optim.SGD(static.parameters(), lr=0.05))
     assert plain.norm() / wanted.norm() == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("logits", [(0, 0, 0, 0), (3, 0, 0, 0), (40, 0, -40, -40)])
+def test_the_mixed_kernel_moves_as_fast_as_the_static_one_however_sharp_the_attention(gate, logits):
+    static = network()
+    dynamic = dysurgery.convert(static, torch.randn(1, 3, 10, 10, dtype=torch.float64), layers="all", gate=gate)
+    for layer in dynamic.modules():
+        if isinstance(layer, DynamicLayer):
+            layer.gate.silence()
+            layer.gate.fc2.bias.data = torch.tensor(logits, dtype=torch.float64)
+            now = layer.gate.weights(layer.gate.fc2.bias.data[None], torch.ones(())).sum()
+            for bank in (layer.bank.data, layer.bias_bank.data):  # equal kernels, mixed to the static one
+                bank[:] = bank.mean(dim=0) * (1 if gate == "softmax" else 2) / now
+    optimizer = torch.optim.SGD(parameter_groups(dynamic, "sgd", 0.05, 0.0, attention_lr=0))
+    rates = BankRates(dynamic, optimizer.param_groups)
+    before = [group["lr"] for group in optimizer.param_groups]
+
+    class Optimizer:
+        def step(self):
+            with rates.applied():
+                optimizer.step()
+
+    moved = change_after_one_step(dynamic, Optimizer())
+    wanted = change_after_one_step(static, torch.optim.SGD(static.parameters(), 0.05))
+    assert moved.norm() / wanted.norm() == pytest.approx(1.0, abs=0.02)
+    assert F.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.999
+    assert before == [group["lr"] for group in optimizer.param_groups]
 
 
 def test_banks_get_k_times_the_rate_and_a_kth_of_the_decay_under_sgd_only():
