@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from dysurgery.checkpoint import open_model
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.models import BuiltModel
+from dysurgery.nn import DynamicLayer
 from dysurgery.planfile import surgery
 from dysurgery.train import Epoch, Interrupted, Observer, Recipe, Step, finetune, load_recipe
 from dysurgery.train.experiment import RUN, read_run
@@ -107,6 +108,8 @@ def finetune_command(
     if not Path(model or "").is_dir():
         options["model_args"] = {**recipe.model_args, **dict(options["model_args"])}
     built = _open(model or str(recipe.model), weights, options, recipe, seeds[0], quiet)
+    if plan_file is not None and any(isinstance(module, DynamicLayer) for module in built.model.modules()):
+        raise UsageError(f"{built.label} is dynamic already: --plan is for the static network")
     origin = {
         "model": _absolute(model or recipe.model),
         "weights": _absolute(weights),
