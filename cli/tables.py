@@ -146,8 +146,8 @@ def plan_report(out: Console, plan: Plan, name: str, choice: Choice | None = Non
 def _about_choice(choice: Choice) -> str:
     """Say what the scores are and how much of them was chosen."""
     by = {
-        "labels": f"the variance of the gradient over {choice.images} images",
-        "predictions": f"the variance of the gradient over {choice.images} images, with the network's own predictions",
+        "labels": f"the deviation of the gradient over {choice.images} images",
+        "predictions": f"the deviation of the gradient over {choice.images} images, with the network's own predictions",
         "shape": "a rule of shape (without --data): the square root of a kernel's weights",
     }[choice.by]
     limits = (("parameters", choice.budget.params), ("Mult-Adds", choice.budget.mult_adds))

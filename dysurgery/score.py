@@ -1,15 +1,16 @@
 """How much different images want different kernels at a site: measured by gradients, or guessed from its shape.
 
-A step along the gradient lowers the loss, to first order and per unit of learning rate, by ``|E g|^2`` where all images
-share a kernel (``g`` is the gradient of one image's loss with respect to it), and by ``E |g|^2`` where each has its
-own. The difference is the variance ``E |g - E g|^2``: what kernels that depend on the input could gain at most. It is
-taken relative to the kernel, times ``|W|^2``: a factor in W that the BatchNorm after it takes out again changes no
-score. Over sites such gains add up, which makes the choice under a budget a knapsack (:mod:`dysurgery.budget`).
+``g`` is the gradient of one image's loss with respect to the kernel W. A step along ``-E g`` is the best that all
+images can share; what is left of each one's own wish is ``g - E g``, and its size is how much a kernel that depends on
+the input could gain at most, to first order, for a step of a given length. The length that counts is relative to the
+kernel, as a factor in W that the BatchNorm after it takes out again has to change no score. Hence
+``|W| sqrt(E |g - E g|^2)``. Over sites such gains add up, which makes the choice under a budget a knapsack
+(:mod:`dysurgery.budget`).
 
-The variance, and not its ratio to ``|E g|^2``: of a trained network that is near zero at every site, and a ratio to it
-is noise. Nor only the part of the variance that the pooled input, all that an attention sees, can explain: it is less
-than 1 % of it on ResNet-20, takes thousands of images to measure and ranks the sites much alike
-(``benchmarks/choose``). Called by :mod:`dysurgery.choose`.
+Not its square: for steps as long as the gradient, the variance would be the gain, but chosen by that, plans kept less
+than random ones (``benchmarks/choose``). Nor its ratio to ``|E g|``: in a trained network that is near zero everywhere.
+Nor only what the pooled input, all that an attention sees, can explain: that takes thousands of images to measure.
+Called by :mod:`dysurgery.choose`.
 """
 
 import math
@@ -36,14 +37,14 @@ Labelled = tuple[Tensor, Tensor | None]
 def by_shape(site: ConvSite) -> float:
     """Return the score of a site by its shape alone: the square root of the number of weights of a kernel.
 
-    A larger kernel has more to gain, but less than in proportion: in the ResNet-20s of ``benchmarks/choose`` the
-    measured score grows with the number of weights to the power of about 0.6.
+    A larger kernel has more to gain, but less than in proportion to what it costs, so that many small layers are taken
+    before a few large ones.
     """
     return math.sqrt(math.prod(site.weight_shape))
 
 
 def by_gradients(model: nn.Module, sites: Iterable[ConvSite], batches: Iterable[Labelled]) -> dict[str, float]:
-    """Return path -> score of each site: ``|W|^2`` times the variance over images of the gradient with respect to W.
+    """Return path -> score of each site: ``|W|`` times the standard deviation over images of the gradient of W.
 
     The loss is the cross-entropy with the image's class or, without, with the class that the network predicts: how it
     would have to change to be surer of what it thinks. BatchNorm keeps its statistics (eval mode). Where a layer is
@@ -154,14 +155,14 @@ class _Sums:
             self.rows += 1
 
     def score(self, path: str, images: int) -> float:
-        """Return |W|^2 times the variance of the gradient, for each image times its calls."""
+        """Return |W| times the standard deviation of the gradient, for each image times its calls."""
         if self.rows < 2:
             return 0.0
         variance = (self.squares - float(self.total.square().sum()) / self.rows) / (self.rows - 1)
-        found = variance * float(self.weight.double().square().sum()) * self.rows / images
+        found = variance * float(self.weight.double().square().sum())
         if not math.isfinite(found):
             raise DysurgeryError(f"the gradient at {path} is not finite: check the images and the weights")
-        return max(found, 0.0)
+        return math.sqrt(max(found, 0.0)) * self.rows / images
 
 
 def _place(weight: Tensor) -> torch.device:
