@@ -33,6 +33,9 @@ from dysurgery.trace import ConvSite
 Labelled = tuple[Tensor, Tensor | None]
 """Images (B, C, H, W) and their classes (B,); without classes the network's own predictions take their place."""
 
+# A variance below this, relative to the mean square, is that of the rounding of equal gradients.
+_ROUNDING = 1e-10
+
 
 def by_shape(site: ConvSite) -> float:
     """Return the score of a site by its shape alone: the square root of the number of weights of a kernel.
@@ -159,10 +162,12 @@ class _Sums:
         if self.rows < 2:
             return 0.0
         variance = (self.squares - float(self.total.square().sum()) / self.rows) / (self.rows - 1)
+        if variance <= _ROUNDING * self.squares / self.rows:
+            return 0.0
         found = variance * float(self.weight.double().square().sum())
         if not math.isfinite(found):
             raise DysurgeryError(f"the gradient at {path} is not finite: check the images and the weights")
-        return math.sqrt(max(found, 0.0)) * self.rows / images
+        return math.sqrt(found) * self.rows / images
 
 
 def _place(weight: Tensor) -> torch.device:

@@ -147,8 +147,8 @@ def test_frozen_networks_have_scores_too():
 
 
 def test_labels_are_used_if_they_are_those_of_the_network():
-    data = image_data()
-    assert choose(model := net(), dysurgery.plan(model, torch.zeros(1, 3, 8, 8)), data).by == "labels"
+    data, model = image_data(), net()
+    assert choose(model, dysurgery.plan(model, torch.zeros(1, 3, 8, 8)), data).by == "labels"
     assert choose(model, dysurgery.plan(model, torch.zeros(1, 3, 8, 8)), data, labels=False).by == "predictions"
     wider = Net(classes=7).eval()
     choice = choose(wider, dysurgery.plan(wider, torch.zeros(1, 3, 8, 8)), data, images=10)
@@ -197,7 +197,7 @@ def test_a_recipe_converts_what_the_plan_says():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"budget_params": "1.0001x"}, "holds no site: one of at most .* the cheapest, depthwise, adds"),
+        ({"budget_params": "1.0001x"}, "holds no site: one of at most .* the cheapest, tokens, adds"),
         ({"budget_mult_adds": 1}, "conversion only adds"),
         ({"images": 1}, "at least 2"),
         ({"data": (IMAGES, CLASSES + 5)}, "--no-labels"),
@@ -206,7 +206,6 @@ def test_a_recipe_converts_what_the_plan_says():
         ({"data": 3}, "no data"),
         ({"data": [{"x": 1}]}, "a batch is images"),
         ({"data": "nowhere"}, "no data 'nowhere'"),
-        ({"data": torch.zeros(4, 3, 32, 32)}, "score above 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_sentence(options, words):
@@ -215,10 +214,16 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(options, words):
         choose(model, wide, **options)
 
 
+def test_images_that_are_all_the_same_choose_nothing():
+    model = net()
+    with pytest.raises(UsageError, match="score above 0"):
+        choose(model, dysurgery.plan(model, torch.zeros(1, 3, 8, 8)), torch.ones(4, 3, 8, 8))
+
+
 def test_a_plan_without_sites_or_of_calls_is_refused():
     model = custom()
     with pytest.raises(UsageError, match="nothing to choose from"):
-        choose(model, dysurgery.plan(model, IMAGES[:1], kinds="dense"), budget_params="2x")
+        choose(model, dysurgery.plan(model, IMAGES[:1], exclude="."), budget_params="2x")
     with pytest.raises(UsageError, match="as_graph"):
         choose(model, dysurgery.plan(model, IMAGES[:1], as_graph=True), budget_params="2x")
 
