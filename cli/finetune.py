@@ -13,13 +13,15 @@ from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import KeyValue, model_options, output_options, write_json
+from dysurgery.cli.options import KeyValue, model_options, output_options, read_json, write_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dysurgery.checkpoint import open_model
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.models import BuiltModel
+from dysurgery.nn import DynamicLayer
+from dysurgery.planfile import surgery
 from dysurgery.train import Epoch, Interrupted, Observer, Recipe, Step, finetune, load_recipe
 from dysurgery.train.experiment import RUN, read_run
 from dysurgery.train.recipe import recipe_from
@@ -44,6 +46,7 @@ class _Seeds(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--set", "overrides", multiple=True, type=KeyValue(), help="Replace a value, e.g. finetune.lr=0.02 (repeatable)."
 )
+@click.option("--plan", "plan_file", metavar="FILE", help="Which layers, from plan --json; goes before [surgery].")
 @click.option("--weights", metavar="pretrained|random|FILE", help="As for convert.")
 @click.option("--out", metavar="RUN", help="A folder that keeps the run, so that it can go on and be looked at.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out; no other option is needed.")
@@ -59,6 +62,7 @@ def finetune_command(
     data: str | None,
     name: str | None,
     overrides: tuple[tuple[str, Any], ...],
+    plan_file: str | None,
     weights: str | None,
     out: str | None,
     resume: bool,
@@ -78,6 +82,8 @@ def finetune_command(
     """
     if resume and out is None:
         raise UsageError("to resume a run, say in which folder it is: --out RUN --resume")
+    if plan_file is not None:
+        overrides += tuple((f"surgery.{key}", value) for key, value in surgery(read_json(plan_file)).items())
     origin: dict[str, Any] = {}
     recipe: Recipe | None = None
     if resume and (Path(str(out)) / RUN).exists():
@@ -102,6 +108,8 @@ def finetune_command(
     if not Path(model or "").is_dir():
         options["model_args"] = {**recipe.model_args, **dict(options["model_args"])}
     built = _open(model or str(recipe.model), weights, options, recipe, seeds[0], quiet)
+    if plan_file is not None and any(isinstance(module, DynamicLayer) for module in built.model.modules()):
+        raise UsageError(f"{built.label} is dynamic already: --plan is for the static network")
     origin = {
         "model": _absolute(model or recipe.model),
         "weights": _absolute(weights),

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from dysurgery.choose import Choice
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.demote import Demotion
 from dysurgery.plan import Plan, PlannedSite
@@ -64,10 +65,10 @@ def _table(*columns: str, text: Collection[str] = (), plain: bool, title: str | 
     return table
 
 
-def plan_table(out: Console, plan: Plan) -> None:
-    """Print every convolution with its decision, its reason and its cost before and after."""
+def plan_table(out: Console, plan: Plan, choice: Choice | None = None) -> None:
+    """Print every convolution with its decision, its reason, its cost before and after, and its score if it has one."""
     table = _table(
-        "convolution", "kind", "map", "params", "Mult-Adds", "decision",
+        "convolution", "kind", "map", "params", "Mult-Adds", *(["score"] if choice else []), "decision",
         text=("convolution", "decision"), plain=not out.is_terminal,
     )  # fmt: skip
     for planned in plan.sites:
@@ -85,6 +86,7 @@ def plan_table(out: Console, plan: Plan) -> None:
             _map_size(site),
             params,
             mult_adds,
+            *([f"{choice.scores[site.path]:.1%}" if site.path in choice.scores else ""] if choice else []),
             _decision(planned),
             style=None if dynamic else "dim",
         )
@@ -126,17 +128,32 @@ def basis(out: Console, input_shape: Sequence[int]) -> None:
     out.print(f"input {size}, batch 1; 1 Mult-Add = 2 FLOPs, counted in convolutions, Linear and matrix products")
 
 
-def plan_report(out: Console, plan: Plan, name: str) -> None:
-    """Print the whole plan: sites, totals, basis."""
+def plan_report(out: Console, plan: Plan, name: str, choice: Choice | None = None) -> None:
+    """Print the whole plan: sites, totals, basis, and what was chosen by."""
     chosen, total = len(plan.chosen), len(plan.sites)
     settings = plan.settings
-    plan_table(out, plan)
+    plan_table(out, plan, choice)
     out.print(
         f"{name}: {chosen} of {total} convolutions become dynamic "
         f"(K={settings.k}, {settings.gate} gate, start {settings.start})"
     )
     totals_table(out, ("before", "after"), plan.params, plan.mult_adds)
     basis(out, plan.before.input_shape)
+    if choice is not None:
+        out.print(_about_choice(choice), soft_wrap=True)
+
+
+def _about_choice(choice: Choice) -> str:
+    """Say what the scores are and how much of them was chosen."""
+    by = {
+        "labels": f"the deviation of the gradient over {choice.images} images",
+        "predictions": f"the deviation of the gradient over {choice.images} images, with the network's own predictions",
+        "shape": "a rule of shape (without --data): the square root of a kernel's weights",
+    }[choice.by]
+    limits = (("parameters", choice.budget.params), ("Mult-Adds", choice.budget.mult_adds))
+    most = " and ".join(f"{count(limit)} {what}" for what, limit in limits if limit is not None)
+    chosen = f"; within {most} the chosen hold {choice.kept:.1%}, the most there is" if most else ""
+    return f"score: {by}, as a share of their sum{chosen}"
 
 
 def cost_table(out: Console, name: str, report: CostReport) -> None:

@@ -1,15 +1,16 @@
 """Turn a pretrained CNN into a dynamic-convolution network that computes exactly what it did.
 
 The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its convolutions), :mod:`select` (which of
-them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surgery, verified), :mod:`cost` (what it
-costs now), :mod:`train` (fine-tuning), :mod:`probe` (what the attention does), :mod:`fuse` (BatchNorm into the banks)
-and :mod:`demote` (what need not be dynamic is static again) for inference, :mod:`checkpoint` (to disk and back). The
-operator is in :mod:`nn`.
+them), :mod:`plan` (what would be done, at what cost), :mod:`choose` (what of it under a budget), :mod:`rewrite` (the
+surgery, verified), :mod:`cost` (what it costs now), :mod:`train` (fine-tuning), :mod:`probe` (what the attention does),
+:mod:`fuse` (BatchNorm into the banks) and :mod:`demote` (what need not be dynamic is static again) for inference,
+:mod:`checkpoint` (to disk and back). The operator is in :mod:`nn`.
 """
 
 from dysurgery._version import __version__
 from dysurgery.calibrate import calibrate
 from dysurgery.checkpoint import load, save
+from dysurgery.choose import choose
 from dysurgery.cost import cost
 from dysurgery.demote import demote, freeze
 from dysurgery.errors import DysurgeryError, UsageError
@@ -27,6 +28,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "calibrate",
+    "choose",
     "convert",
     "cost",
     "demote",

@@ -1,9 +1,11 @@
 """A plan as plain values, and back after a person has edited it.
 
-What ``dysurgery plan --json`` writes and ``dysurgery convert --plan`` reads; the figures of ``convert --json`` too.
+What ``dysurgery plan --json`` writes and ``convert --plan`` and ``finetune --plan`` read; the figures of
+``convert --json`` too.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +82,31 @@ def edited(model: nn.Module, example: Example, data: Mapping[str, Any]) -> Plan:
         UsageError: if it is no plan, names a site that the model does not have, or asks for what a site cannot be.
         DysurgeryError: if the model does not run on the example.
     """
+    wanted = _wanted(data)
+    settings = Settings(**{name: _typed(data, name) for name in _SETTINGS if name in data})
+    selection = Selection(**{name: _typed(data, name) for name in _SELECTION if name in data})
+    return assemble(model, example, settings, selection, lambda decisions: _overrule(decisions, wanted))
+
+
+def surgery(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``[surgery]`` of a recipe (:class:`dysurgery.train.recipe.Surgery`) that makes a plan's sites dynamic.
+
+    Raises:
+        UsageError: if ``data`` is no plan, makes nothing dynamic, or is of single calls (``as_graph``).
+    """
+    wanted = _wanted(data)
+    paths = [path for path, decision in wanted.items() if decision == "dynamic"]
+    if not paths:
+        raise UsageError("the plan makes no layer dynamic: there is nothing to fine-tune")
+    if data.get("as_graph"):
+        raise UsageError("the plan is of single calls (as_graph): convert with it, and fine-tune the result")
+    names = ("k", "reduction", "gate", "start", "spread", "fold", "linear")
+    settings = {name: _typed(data, name) for name in names if name in data}
+    return {**settings, "layers": "all", "include": [f"^{re.escape(path)}$" for path in paths], "exclude": []}
+
+
+def _wanted(data: Mapping[str, Any]) -> dict[str, str]:
+    """Return path -> ``dynamic`` or ``static`` of a plan's sites."""
     sites = data.get("sites")
     if not isinstance(sites, list) or not sites or not all(isinstance(entry, dict) for entry in sites):
         raise UsageError('not a plan: it has no list of "sites" (see dysurgery plan --json)')
@@ -89,9 +116,7 @@ def edited(model: nn.Module, example: Example, data: Mapping[str, Any]) -> Plan:
         if not isinstance(path, str) or decision not in ("dynamic", "static"):
             raise UsageError(f"the plan's decision for {path!r} is {decision!r}: expected 'dynamic' or 'static'")
         wanted[path] = decision
-    settings = Settings(**{name: _typed(data, name) for name in _SETTINGS if name in data})
-    selection = Selection(**{name: _typed(data, name) for name in _SELECTION if name in data})
-    return assemble(model, example, settings, selection, lambda decisions: _overrule(decisions, wanted))
+    return wanted
 
 
 def _typed(data: Mapping[str, Any], name: str) -> Any:

@@ -48,6 +48,8 @@ from dysurgery.train.processes import Processes, join_processes
 from dysurgery.train.recipe import Recipe, load_recipe
 from dysurgery.train.state import STATE, differences
 
+_CONVERSION = ("k", "reduction", "gate", "layers", "include", "exclude", "linear", "start", "spread", "fold")
+
 RUN, HISTORY, CURVES, RESULT = "run.json", "history.jsonl", "curves.png", "result.json"
 
 
@@ -430,8 +432,7 @@ class _Experiment:
 
     def _converted(self, static: nn.Module, seed: int) -> nn.Module:
         surgery = self.recipe.surgery
-        options = {name: getattr(surgery, name) for name in ("k", "reduction", "gate", "layers", "start", "spread")}
-        dynamic = convert(static, self.example, seed=seed, **options)
+        dynamic = convert(static, self.example, seed=seed, **{name: getattr(surgery, name) for name in _CONVERSION})
         if surgery.calibrate and can_calibrate(dynamic):
             calibrate(dynamic, self._calibration_images(), std=surgery.calibrate, by=surgery.calibrate_by)
         elif surgery.calibrate:

@@ -34,7 +34,8 @@ class Surgery:
     """How the network is converted, see :func:`dysurgery.plan`.
 
     Attributes:
-        k, reduction, gate, layers, start, spread: as there.
+        k, reduction, gate, layers, include, exclude, linear, start, spread, fold: as there; ``finetune --plan`` sets
+            them to what a plan says.
         calibrate: standard deviation that :func:`dysurgery.calibrate` gives the attention's logits before the first
             step; 0 leaves the attention as the conversion made it. Only the start ``copies`` can be calibrated.
         calibrate_by: what it lets the logits tell apart: ``random``, ``decorrelated`` or ``clusters``.
@@ -45,8 +46,12 @@ class Surgery:
     reduction: int = 4
     gate: str = "softmax"
     layers: str = "all-but-first"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    linear: bool = False
     start: str | None = None
     spread: float = DEFAULT_SPREAD
+    fold: bool = False
     calibrate: float = DEFAULT_STD
     calibrate_by: str = DEFAULT_BY
     calibration_images: int = 512
@@ -364,7 +369,7 @@ def _build(cls: Any, data: Mapping[str, Any], section: str) -> Any:
 
 
 def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
-    """Return ``value`` as ``kind``: a plain type, a tuple of numbers, a section, or one of them or None."""
+    """Return ``value`` as ``kind``: a plain type, a tuple of numbers or of text, a section, or one of them or None."""
     if isinstance(kind, types.UnionType):
         if value is None:
             return None
@@ -379,6 +384,10 @@ def _typed(kind: Any, value: Any, key: str, where: str) -> Any:
         return dict(value)
     if kind is float and type(value) is int:
         return float(value)
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list | tuple) or any(type(entry) is not str for entry in value):
+            raise UsageError(f"{key}{where} is a list of texts, got {value!r}")
+        return tuple(value)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or any(type(entry) not in (int, float) for entry in value):
             raise UsageError(f"{key}{where} is a list of numbers, got {value!r}")
