@@ -56,7 +56,6 @@ FULL = "--set finetune.attention_lr=1"
 # group, row -> the arguments of ``dysurgery finetune``
 ROWS: dict[str, dict[str, str]] = {
     "1 the headline": {
-        # Compared with the controls of the next row, which these defaults do not change; so is "narrow".
         "resnet20": f"{HEADLINE} --set finetune.amp=bf16 --no-control",
         "resnet20, first defaults": f"{HEADLINE} {FIRST}=2 --set finetune.amp=bf16",
     },
@@ -67,7 +66,7 @@ ROWS: dict[str, dict[str, str]] = {
         for lr in (0.02, 0.05, 0.1)
     },
     "3 narrower": {
-        # Goes on from what the next row pretrained, one run for each seed, and is compared with the controls of it.
+        # Go on from what the last row pretrained, one run for each seed.
         "narrow": f"{{runs}}/narrow-first_defaults/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
         f"--set val_part=odd {NARROW} --no-control",
         "narrow, second defaults": f"{{runs}}/narrow-first_defaults/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
@@ -79,7 +78,7 @@ ROWS: dict[str, dict[str, str]] = {
         "random": f"cifar_resnet20 --model-arg width=4 --weights random {CIFAR} {NARROW}",
     },
     "5 transfer": {
-        "flowers": FLOWERS,
+        "flowers": f"{FLOWERS} --no-control",
         "flowers, second defaults": f"{FLOWERS} {SECOND}",
     },
     "digits": {
@@ -143,6 +142,14 @@ ROWS: dict[str, dict[str, str]] = {
     },
 }
 
+# Rows whose control is that of another row: what differs has no effect on the static network.
+CONTROLS = {
+    "resnet20": "resnet20, first defaults",
+    "narrow": "narrow, first defaults",
+    "narrow, second defaults": "narrow, first defaults",
+    "flowers": "flowers, second defaults",
+}
+
 
 def group_of(row: str) -> str:
     return next(group for group, rows in ROWS.items() if row in rows)
@@ -183,10 +190,8 @@ def collected(row: str, runs: Path) -> dict[str, Any] | None:
     results = [json.loads(path.read_text()) for path in paths]
     result = results[0]
     history = [epoch for each in results for epoch in each["history"]]
-    first = f"{row.partition(',')[0]}, first defaults"
-    if first in ROWS[group_of(row)] and results[0]["seeds"][0]["control"] is None:
-        # The control is the same one, and was not trained again.
-        static = json.loads((runs / folder_of(first) / "result.json").read_text())
+    if row in CONTROLS:
+        static = json.loads((runs / folder_of(CONTROLS[row]) / "result.json").read_text())
         history += [epoch for epoch in static["history"] if epoch["phase"] == "control"]
         controls = {seed["seed"]: seed["control"] for seed in static["seeds"]}
         for seed in (seed for each in results for seed in each["seeds"]):
@@ -228,7 +233,8 @@ def collect(runs: Path) -> None:
     if headline := by_name.get("resnet20") or by_name.get("resnet20, first defaults"):
         setting = (
             "CIFAR ResNet-20 from pretrained weights, all 50 000 JPEG training images with crop and flip, 5 epochs of "
-            f"SGD (a CPU's version of the setting), 2 500 odd validation images, seeds 0, 1, 2; row {headline['name']!r}"
+            "SGD (a CPU's version of the setting), 2 500 odd validation images, seeds 0, 1, 2; row "
+            f"{headline['name']!r}"
         )
         figures = {"setting": setting, "control": headline["control"], "dynamic": headline["dynamic"]}
         results = {"headline": figures, **results}

@@ -14,10 +14,17 @@ def test_every_installed_recipe_is_valid():
         assert load_recipe(name).name == name
 
 
-def test_the_digits_recipe_anneals_tau_from_30_to_1():
-    temperature = load_recipe("digits").temperature
-    assert temperature(0) == 30
-    assert temperature(load_recipe("digits").finetune.epochs) == 1
+@pytest.mark.parametrize("name", ["imagenet-mobilenetv2", "imagenet-mobilenetv3-small", "imagenet-resnet18"])
+def test_the_papers_recipes_anneal_tau_from_30_to_1_in_10_epochs(name):
+    temperature = load_recipe(name).temperature
+    assert [temperature(epoch) for epoch in (0, 5, 10, 100)] == [30, 15.5, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["digits", "folder", "cifar10-resnet20"])
+def test_a_calibrated_attention_starts_at_tau_1_and_a_warmup_is_one_option(name):
+    assert load_recipe(name).temperature(0) == 1
+    annealed = load_recipe(name, {"temperature.start": 30}).temperature
+    assert [annealed(0), annealed(10)] == [30, 1]
 
 
 def test_overrides_replace_values_and_only_those():
