@@ -2,7 +2,8 @@
 
 The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its convolutions), :mod:`select` (which of
 them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surgery, verified), :mod:`cost` (what it
-costs now), :mod:`train` (fine-tuning), :mod:`checkpoint` (to disk and back). The operator is in :mod:`nn`.
+costs now), :mod:`train` (fine-tuning), :mod:`checkpoint` (to disk and back), :mod:`export` (to ONNX and torch.export).
+The operator is in :mod:`nn`.
 """
 
 from dysurgery._version import __version__
@@ -10,6 +11,7 @@ from dysurgery.calibrate import calibrate
 from dysurgery.checkpoint import load, save
 from dysurgery.cost import cost
 from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.export import export
 from dysurgery.nn import DynamicConv2d, DynamicLinear, TemperatureSchedule, set_temperature, temperature
 from dysurgery.plan import plan
 from dysurgery.rewrite import convert
@@ -24,6 +26,7 @@ __all__ = [
     "calibrate",
     "convert",
     "cost",
+    "export",
     "load",
     "plan",
     "save",

@@ -9,6 +9,7 @@ Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, we
 (K, Cout), y (B, Cout, *size').
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def matmul(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geomet
     if any(step != 1 for step in geometry.stride):
         x = x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
     batch, channels, *size = x.shape
-    positions = x.shape[2:].numel()
+    positions = math.prod(size)  # Size.numel() would be a constant in an exported graph
     weight = mix(pi, bank).view(batch, geometry.out_channels, channels)
     bias = None if bias_bank is None else mix(pi, bias_bank)
     if x.stride(1) == 1:
