@@ -160,7 +160,7 @@ def export(
         DysurgeryError: if a package is missing, the file exists or cannot be written, the model cannot be exported, or
             the file would compute something else; what was at ``path`` is still there.
     """
-    target = _check_target(path, format, force)
+    target = check_target(path, format, force=force)
     where = FORMATS[format]
     if opset is not None and format != "onnx":
         raise UsageError(f"an opset belongs to ONNX: leave it out for format {format!r}")
@@ -200,8 +200,14 @@ def export(
     return Exported(target, format, target.stat().st_size, found, traced.inputs, traced.outputs, tuple(checks))
 
 
-def _check_target(path: str | os.PathLike[str], format: str, force: bool) -> Path:
-    """Return ``path``, made absolute, if this format may be written there."""
+def check_target(path: str | os.PathLike[str], format: str, *, force: bool) -> Path:
+    """Return ``path``, made absolute, if :func:`export` may write there in this format.
+
+    Raises:
+        UsageError: for an unknown format, or a file name that does not fit it.
+        DysurgeryError: if it needs a package that is missing, or the file exists and ``force`` does not allow to
+            replace it.
+    """
     if format not in FORMATS:
         raise UsageError(
             f"unknown format {format!r}: expected one of {', '.join(FORMATS)}{did_you_mean(format, FORMATS)}"
