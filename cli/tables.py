@@ -14,6 +14,7 @@ from torch import nn
 
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.demote import Demotion
+from dysurgery.export import Exported
 from dysurgery.plan import Plan, PlannedSite
 from dysurgery.probe import AVERAGED_ELSEWHERE, INTERVENTIONS, LayerAttention, ProbeReport
 from dysurgery.trace import ConvSite
@@ -151,6 +152,18 @@ def cost_table(out: Console, name: str, report: CostReport) -> None:
     table.add_row("the whole model", "", count(report.params), count(report.mult_adds.total), "100.0%")
     out.print(table)
     basis(out, report.input_shape)
+
+
+def checks_table(out: Console, done: Exported) -> None:
+    """Print what an exported file was run on and how far it is from the model, and where it is."""
+    table = _table("input", "largest difference", "of the largest output", plain=not out.is_terminal)
+    for check in done.checks:
+        sizes = ", ".join("x".join(map(str, shape)) for shape in check.shapes)
+        table.add_row(sizes, f"{check.max_abs_diff:.1e}", f"{check.relative_diff:.1e}")
+    out.print(table)
+    where = f"onnxruntime, opset {done.opset}" if done.format == "onnx" else "a process of its own"
+    names = f"{', '.join(done.inputs)} -> {', '.join(done.outputs)}"
+    out.print(f"Run in {where}: {names}.\nSaved to {done.path} ({count(done.size)}B)", soft_wrap=True)
 
 
 def outcome_table(out: Console, name: str, outcome: Outcome) -> None:

@@ -3,8 +3,8 @@
 The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its convolutions), :mod:`select` (which of
 them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surgery, verified), :mod:`cost` (what it
 costs now), :mod:`train` (fine-tuning), :mod:`probe` (what the attention does), :mod:`fuse` (BatchNorm into the banks)
-and :mod:`demote` (what need not be dynamic is static again) for inference, :mod:`checkpoint` (to disk and back). The
-operator is in :mod:`nn`.
+and :mod:`demote` (what need not be dynamic is static again) for inference, :mod:`checkpoint` (to disk and back),
+:mod:`export` (to ONNX and torch.export). The operator is in :mod:`nn`.
 """
 
 from dysurgery._version import __version__
@@ -13,6 +13,7 @@ from dysurgery.checkpoint import load, save
 from dysurgery.cost import cost
 from dysurgery.demote import demote, freeze
 from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.export import export
 from dysurgery.fuse import fuse_bn
 from dysurgery.nn import DynamicConv2d, DynamicLinear, TemperatureSchedule, set_temperature, temperature
 from dysurgery.plan import plan
@@ -30,6 +31,7 @@ __all__ = [
     "convert",
     "cost",
     "demote",
+    "export",
     "freeze",
     "fuse_bn",
     "load",
