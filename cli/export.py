@@ -9,9 +9,11 @@ from dysurgery.cli import tables
 from dysurgery.cli.options import example_of, model_options, output_options, write_json
 
 from dysurgery.checkpoint import CONFIG, open_model, read_config
+from dysurgery.deployed import timings
 from dysurgery.errors import UsageError
 from dysurgery.export import BATCHES, FORMATS, check_target
 from dysurgery.export import export as write_file
+from dysurgery.train.experiment import RUN, dynamic_folder
 
 
 @click.command()
@@ -29,6 +31,7 @@ from dysurgery.export import export as write_file
     metavar="N,N...",
     help="Numbers of images to check the file with.",
 )
+@click.option("--latency", is_flag=True, help="Measure the file beside torch, and both beside the static network.")
 @click.option("--opset", type=int, metavar="N", help="Of ONNX; by default the one that torch recommends.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @output_options
@@ -39,6 +42,7 @@ def export(
     out: str | None,
     dynamic_size: bool,
     batch: str,
+    latency: bool,
     opset: int | None,
     force: bool,
     json_file: str | None,
@@ -48,23 +52,27 @@ def export(
     """Write MODEL to one file for deployment, and check that the file computes the same.
 
     It takes any number of images. An ONNX file is run in onnxruntime, a .pt2 of torch.export in a process of
-    its own. Preprocessing and the names of the classes go along. MODEL is a saved folder, a timm name,
-    torchvision:NAME or FILE.py:FACTORY.
+    its own. Preprocessing and the names of the classes go along. MODEL is a saved folder, a run of finetune, a
+    timm name, torchvision:NAME or FILE.py:FACTORY.
     """
     console = tables.console(quiet or json_file == "-")
     batches = _numbers(batch)
+    place, name = model, None
+    if (Path(model) / RUN).is_file():
+        place, name = str(dynamic_folder(model)), Path(model).resolve().name
     if out is not None:
         check_target(out, format_, force=force)
     with tables.working(f"building {model}", quiet):
         built = open_model(
-            model, weights=weights, model_args=dict(options["model_args"]), input_size=options["input_size"]
+            place, weights=weights, model_args=dict(options["model_args"]), input_size=options["input_size"]
         )
-    classes = read_config(model).report.get("classes") if (Path(model) / CONFIG).is_file() else None
-    with tables.working(f"exporting {built.label}", quiet):
+    label = name or built.label
+    classes = read_config(place).report.get("classes") if (Path(place) / CONFIG).is_file() else None
+    with tables.working(f"exporting {label}", quiet):
         done = write_file(
             built.model,
             example_of(built),
-            out or f"{Path(built.label).name}.{format_}",
+            out or f"{Path(label).name}.{format_}",
             format_,
             dynamic_size=dynamic_size,
             batches=batches,
@@ -74,12 +82,18 @@ def export(
             force=force,
         )
     tables.checks_table(console, done)
+    measured = ()
+    if latency:
+        with tables.working(f"measuring {label}", quiet):
+            measured = timings(built.model, built.input_size, done)
+        tables.timings_table(console, measured)
     write_json(
         {
-            "model": built.label,
+            "model": label,
             **dataclasses.asdict(done),
             "path": str(done.path),
             "relative_diff": done.relative_diff,
+            "latency": [dataclasses.asdict(timing) for timing in measured],
         },
         json_file,
     )

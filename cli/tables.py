@@ -14,6 +14,7 @@ from torch import nn
 
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.demote import Demotion
+from dysurgery.deployed import Timing
 from dysurgery.export import Exported
 from dysurgery.plan import Plan, PlannedSite
 from dysurgery.probe import AVERAGED_ELSEWHERE, INTERVENTIONS, LayerAttention, ProbeReport
@@ -161,9 +162,23 @@ def checks_table(out: Console, done: Exported) -> None:
         sizes = ", ".join("x".join(map(str, shape)) for shape in check.shapes)
         table.add_row(sizes, f"{check.max_abs_diff:.1e}", f"{check.relative_diff:.1e}")
     out.print(table)
-    where = f"onnxruntime, opset {done.opset}" if done.format == "onnx" else "a process of its own"
+    where = "a process of its own" if done.opset is None else f"onnxruntime, opset {done.opset}"
     names = f"{', '.join(done.inputs)} -> {', '.join(done.outputs)}"
     out.print(f"Run in {where}: {names}.\nSaved to {done.path} ({count(done.size)}B)", soft_wrap=True)
+
+
+def timings_table(out: Console, timings: Sequence[Timing]) -> None:
+    """Print how long a network takes in torch and as a file, dynamic and static, for some numbers of images."""
+    counts = list(dict.fromkeys(timing.images for timing in timings))
+    heads = [f"{count} image{'s' * (count > 1)}" for count in counts]
+    table = _table("network", "runs in", *heads, text=("network", "runs in"), plain=not out.is_terminal)
+    rows: dict[tuple[str, str], dict[int, float]] = {}
+    for timing in timings:
+        rows.setdefault((timing.network, timing.runtime), {})[timing.images] = timing.milliseconds
+    for (network, runtime), times in rows.items():
+        table.add_row(network, runtime, *(f"{times[count]:.2f} ms" for count in counts))
+    out.print(table)
+    out.print("latency: median on this machine, all in turns; static: every layer frozen to its mean kernel")
 
 
 def outcome_table(out: Console, name: str, outcome: Outcome) -> None:

@@ -1,32 +1,27 @@
 """A model becomes one file for deployment, ONNX or torch.export's ``.pt2``, and is checked where it will run.
 
 In comes any network, dynamic or static; out goes a file that takes any number of images. It is written beside its
-place, run in onnxruntime or in a fresh process, compared with the model, and only then put there. A new target is a
-function that writes, one that runs, and an entry of :data:`FORMATS`.
+place, run in onnxruntime or in a fresh process, compared with the model, and only then put there. How each kind of
+file is written and run is the business of :mod:`dysurgery.formats`; how fast they are, that of
+:mod:`dysurgery.deployed`.
 """
 
 import importlib.util
 import json
-import logging
 import os
 import re
-import subprocess
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from dysurgery.errors import DysurgeryError, UsageError, did_you_mean, sentence
+from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.example import (
     Example,
     batch_size,
@@ -39,22 +34,20 @@ from dysurgery.example import (
     undisturbed,
 )
 from dysurgery.files import write_atomically
+from dysurgery.formats import FORMATS, Traced, failing, leaves
 from dysurgery.models import preprocessing_of
 from dysurgery.nn import duplicate
 from dysurgery.nn.conv import DynamicConvNd
-from dysurgery.nn.execution import Chooser, choose_for_any_batch, choose_for_onnx
+from dysurgery.nn.execution import Chooser
 from dysurgery.verify import difference, tolerance
 
 BATCHES = (1, 2, 5)
-METADATA = "metadata.json"
 
 # By how much the axes of an image grow for the checks at other sizes: by multiples of what networks halve them by, and
 # to something odd, which not every network takes.
 GROWTHS = ((32, 64, 32), (7, 19, 1))
 
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
-
-_PROTOBUF_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
@@ -98,28 +91,6 @@ class Exported:
     def relative_diff(self) -> float:
         """The largest of all checks."""
         return max(check.relative_diff for check in self.checks)
-
-
-class Traced(NamedTuple):
-    """What a target writes."""
-
-    program: ExportedProgram
-    axes: tuple[dict[int, str], ...]
-    """For each tensor that goes in the names of its open axes."""
-    outputs: tuple[str, ...]
-    metadata: dict[str, str]
-    """Preprocessing and classes: name -> JSON."""
-    opset: int | None
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the tensors that go in."""
-        specs = self.program.graph_signature.input_specs
-        return tuple(
-            spec.arg.name
-            for spec in specs
-            if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
-        )
 
 
 def export(
@@ -166,7 +137,7 @@ def export(
         raise UsageError(f"an opset belongs to ONNX: leave it out for format {format!r}")
     if not batches or min(batches) < 1:
         raise UsageError(f"batches to check are numbers from 1 on, got {', '.join(map(str, batches)) or 'none'}")
-    original = _on_cpu(model)
+    original = on_cpu(model)
     dtype, allowed = tolerance(original)
     if dtype not in where.dtypes:
         raise DysurgeryError(
@@ -187,11 +158,11 @@ def export(
 
     def write(file: IO[bytes]) -> None:
         traced = _trace(original, where.chooser, _inputs(example, axes, 2), axes, metadata, opset, dynamic_size)
-        with _failing("written"):
+        with failing("written"):
             written.append((traced, where.write(traced, file)))
         file.flush()
         for inputs, left, right in zip(checked, expected, where.run(Path(file.name), traced, checked), strict=True):
-            shapes = tuple(tuple(tensor.shape) for tensor in _leaves(inputs))
+            shapes = tuple(tuple(tensor.shape) for tensor in leaves(inputs))
             checks.append(Check(shapes, *difference(left, right)))
             _refuse(checks[-1], allowed, left, right)
 
@@ -224,7 +195,7 @@ def check_target(path: str | os.PathLike[str], format: str, *, force: bool) -> P
     return target
 
 
-def _on_cpu(model: nn.Module) -> nn.Module:
+def on_cpu(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode, on the CPU."""
     copied = shadow(getattr(model, "_orig_mod", model))  # what torch.compile wraps
     devices = {tensor.device.type for tensor in (*copied.parameters(), *copied.buffers())}
@@ -244,10 +215,6 @@ def _example(example: Example | tuple[int, ...], dtype: torch.dtype) -> Example:
     return example
 
 
-def _leaves(example: Example) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(call_arguments(example)) if isinstance(leaf, Tensor)]
-
-
 def _open_axes(model: nn.Module, example: Example, dynamic_size: bool) -> list[dict[int, str]]:
     """Return the names of the open axes of each tensor in the example; axes of the same name and length are equal."""
     batch, images, count = batch_size(model, example), first_batch(model, example), spatial_axes(model)
@@ -261,7 +228,7 @@ def _open_axes(model: nn.Module, example: Example, dynamic_size: bool) -> list[d
         return suffixed
 
     found = []
-    for tensor in _leaves(example):
+    for tensor in leaves(example):
         axes = {}
         if tensor.dim() and tensor.shape[0] == batch:
             axes[0] = "batch"
@@ -329,11 +296,11 @@ def _trace(
             layer.chooser = chooser
     args, kwargs = call_arguments(inputs)
     hints = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor, names in zip(_leaves(inputs), axes, strict=True):
+    for tensor, names in zip(leaves(inputs), axes, strict=True):
         hints[tensor] = dict.fromkeys(names, Dim.DYNAMIC)
     advice = ": leave out --dynamic-size (dynamic_size=True)" if dynamic_size else ""
     with (
-        _failing(f"exported ({type(model).__name__}){' at any size' if dynamic_size else ''}", advice),
+        failing(f"exported ({type(model).__name__}){' at any size' if dynamic_size else ''}", advice),
         undisturbed(copied),
     ):
         shapes = hints.dynamic_shapes(copied, args, kwargs)  # type: ignore[no-untyped-call]
@@ -386,114 +353,3 @@ def _refuse(check: Check, allowed: float, expected: Sequence[Tensor], found: Seq
             f"the file would compute something else: for an input of {on} its output differs by "
             f"{check.relative_diff:.1e} of the largest, of which rounding explains {allowed:.0e}"
         )
-
-
-@contextmanager
-def _failing(what: str, advice: str = "") -> Iterator[None]:
-    """Silence warnings and logs in the block, and turn whatever is raised in it into one sentence."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (DysurgeryError, OSError):
-        raise
-    except Exception as error:
-        raise DysurgeryError(f"the model cannot be {what}: {sentence(error)}{advice}") from error
-    finally:
-        logging.disable(disabled)
-
-
-def _write_onnx(traced: Traced, file: IO[bytes]) -> int:
-    """Write ONNX, with the weights inside; return its opset."""
-    size = sum(t.numel() * t.element_size() for t in traced.program.state_dict.values())
-    if size >= _PROTOBUF_LIMIT:
-        raise DysurgeryError(f"an ONNX file holds 2 GB, and the weights are {size / 1e9:.1f} GB: use format 'pt2'")
-    found = torch.onnx.export(
-        traced.program,
-        dynamo=True,
-        verbose=False,
-        dynamic_shapes=traced.axes,
-        output_names=traced.outputs,
-        opset_version=traced.opset,
-    )
-    assert found is not None
-    opset: int = found.model.opset_imports[""]
-    if traced.opset not in (None, opset):
-        raise DysurgeryError(f"the model cannot be written in opset {traced.opset}: leave it out, or take {opset}")
-    found.model.metadata_props.update(traced.metadata)
-    file.write(found.model_proto.SerializeToString())
-    return opset
-
-
-def _run_onnx(path: Path, traced: Traced, checked: Sequence[Example]) -> list[list[Tensor]]:
-    """Run the file in onnxruntime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
-    with _failing("run by onnxruntime"):
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        taken = {given.name for given in session.get_inputs()}
-        found = []
-        for inputs in checked:
-            named = zip(traced.inputs, _leaves(inputs), strict=True)
-            outputs = session.run(None, {name: tensor.numpy() for name, tensor in named if name in taken})
-            found.append([torch.from_numpy(output) for output in outputs])
-    return found
-
-
-def _write_pt2(traced: Traced, file: IO[bytes]) -> None:
-    """Write a program of torch.export."""
-    values = {name: json.loads(value) for name, value in traced.metadata.items()}
-    torch.export.save(traced.program, file, extra_files={METADATA: json.dumps(values)})
-
-
-_RUN_PT2 = """
-import sys, torch
-from torch.utils import _pytree as pytree
-file, inputs, outputs = sys.argv[1:]
-with open(file, "rb") as opened:
-    model = torch.export.load(opened).module()
-with torch.no_grad():
-    found = [model(*args, **kwargs) for args, kwargs in torch.load(inputs, weights_only=False)]
-torch.save([[leaf for leaf in pytree.tree_leaves(each) if isinstance(leaf, torch.Tensor)] for each in found], outputs)
-"""
-
-
-def _run_pt2(path: Path, traced: Traced, checked: Sequence[Example]) -> list[list[Tensor]]:
-    """Run the file in a fresh process, which knows nothing but torch."""
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, outputs = Path(folder) / "inputs", Path(folder) / "outputs"
-        torch.save([call_arguments(each) for each in checked], inputs)
-        command = [sys.executable, "-P", "-c", _RUN_PT2, str(path), str(inputs), str(outputs)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise DysurgeryError(f"the file does not run in a process of its own: {reason}")
-        found: list[list[Tensor]] = torch.load(outputs, weights_only=True)
-    return found
-
-
-class Format(NamedTuple):
-    """How one kind of file is written and run."""
-
-    write: Callable[[Traced, IO[bytes]], int | None]
-    """Write it; return the opset, if it has one."""
-    run: Callable[[Path, Traced, Sequence[Example]], list[list[Tensor]]]
-    """Run it on each example; return the tensors that come out."""
-    chooser: Chooser
-    dtypes: tuple[torch.dtype, ...]
-    packages: tuple[str, ...] = ()
-
-
-FORMATS: dict[str, Format] = {
-    "onnx": Format(
-        _write_onnx, _run_onnx, choose_for_onnx, (torch.float32, torch.float16), ("onnx", "onnxscript", "onnxruntime")
-    ),
-    "pt2": Format(
-        _write_pt2, _run_pt2, choose_for_any_batch, (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    ),
-}
