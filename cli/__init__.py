@@ -14,6 +14,7 @@ from dysurgery.cli.fold import fold
 from dysurgery.cli.plan import plan
 from dysurgery.cli.probe import probe_command
 from dysurgery.cli.recipes import recipes
+from dysurgery.cli.report import report_command
 
 import dysurgery
 
@@ -38,5 +39,5 @@ def main() -> None:
     """Turn a pretrained CNN into a dynamic-convolution network that computes exactly what it did."""
 
 
-for command in (convert, plan, cost, finetune_command, probe_command, fold, export, recipes):
+for command in (convert, plan, cost, finetune_command, probe_command, fold, export, report_command, recipes):
     main.add_command(command)

@@ -16,6 +16,7 @@ from dysurgery.cost import CostReport, MultAdds
 from dysurgery.demote import Demotion
 from dysurgery.deployed import Timing
 from dysurgery.export import Exported
+from dysurgery.figures import change, count
 from dysurgery.plan import Plan, PlannedSite
 from dysurgery.probe import AVERAGED_ELSEWHERE, INTERVENTIONS, LayerAttention, ProbeReport
 from dysurgery.trace import ConvSite
@@ -39,21 +40,6 @@ def working(text: str, quiet: bool = False) -> Iterator[None]:
     """Show a spinner on standard error while the block runs, in a terminal."""
     with Console(stderr=True, quiet=quiet or not sys.stderr.isatty()).status(text):
         yield
-
-
-def count(value: float, digits: int = 4) -> str:
-    """Format a number of parameters or Mult-Adds: 576, 36.86k, 11.69M, 1.861G."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit * (1 - 0.5 * 10.0**-digits):
-            return f"{value / limit:.{digits}g}{unit}"
-    return f"{value:.{digits}g}"
-
-
-def change(before: float, after: float) -> tuple[str, str]:
-    """Return the difference and the percentage, both signed."""
-    sign = "+" if after >= before else "-"
-    percent = f"{(after - before) / before:+.1%}" if before else "-"
-    return f"{sign}{count(abs(after - before))}", percent
 
 
 def _table(*columns: str, text: Collection[str] = (), plain: bool, title: str | None = None) -> Table:
