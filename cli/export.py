@@ -8,7 +8,7 @@ import click
 from dysurgery.cli import tables
 from dysurgery.cli.options import example_of, model_options, output_options, write_json
 
-from dysurgery.checkpoint import CONFIG, open_model, read_config
+from dysurgery.checkpoint import open_model, read_config, saved_folder
 from dysurgery.deployed import timings
 from dysurgery.errors import UsageError
 from dysurgery.export import BATCHES, FORMATS, check_target
@@ -67,7 +67,8 @@ def export(
             place, weights=weights, model_args=dict(options["model_args"]), input_size=options["input_size"]
         )
     label = name or built.label
-    classes = read_config(place).report.get("classes") if (Path(place) / CONFIG).is_file() else None
+    folder = saved_folder(place)
+    classes = None if folder is None else read_config(folder).report.get("classes")
     with tables.working(f"exporting {label}", quiet):
         done = write_file(
             built.model,

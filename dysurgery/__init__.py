@@ -4,7 +4,8 @@ The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its co
 them), :mod:`plan` (what would be done, at what cost), :mod:`rewrite` (the surgery, verified), :mod:`cost` (what it
 costs now), :mod:`train` (fine-tuning), :mod:`probe` (what the attention does), :mod:`fuse` (BatchNorm into the banks)
 and :mod:`demote` (what need not be dynamic is static again) for inference, :mod:`checkpoint` (to disk and back),
-:mod:`export` (to ONNX and torch.export). The operator is in :mod:`nn`.
+:mod:`export` (to ONNX and torch.export), :mod:`hub` (to the Hugging Face hub), :mod:`page` (a report to look at). The
+operator is in :mod:`nn`.
 """
 
 from dysurgery._version import __version__
@@ -15,7 +16,9 @@ from dysurgery.demote import demote, freeze
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.export import export
 from dysurgery.fuse import fuse_bn
+from dysurgery.hub import push_to_hub
 from dysurgery.nn import DynamicConv2d, DynamicLinear, TemperatureSchedule, set_temperature, temperature
+from dysurgery.page import report as report_page
 from dysurgery.plan import plan
 from dysurgery.probe import probe
 from dysurgery.rewrite import convert
@@ -37,6 +40,8 @@ __all__ = [
     "load",
     "plan",
     "probe",
+    "push_to_hub",
+    "report_page",
     "save",
     "set_temperature",
     "temperature",

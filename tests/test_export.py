@@ -11,6 +11,7 @@ from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
 
 import dysurgery
+from dysurgery.deployed import timings
 from dysurgery.nn import DynamicLayer, handler
 
 SIZE = (3, 32, 32)
@@ -62,7 +63,10 @@ def apart(found, expected):
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-MODELS = ("test_resnet", "mobilenetv3_small_050", "test_nfnet", "convnext_atto")
+MODELS = [
+    "test_resnet",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenetv3_small_050", "test_nfnet", "convnext_atto")),
+]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,7 +106,7 @@ def test_a_pt2_file_runs_without_the_library_and_computes_the_same(net, tmp_path
     assert json.loads(fresh.stdout) == {"mean": [0.5], "input_size": list(SIZE), "classes": ["a", "b"]}
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_with_dynamic_size_images_of_any_height_and_width_are_taken(net, format, tmp_path):
     path = tmp_path / f"net.{format}"
     done = dysurgery.export(net, SIZE, path, format, dynamic_size=True)
@@ -127,6 +131,7 @@ def test_axes_and_outputs_of_an_onnx_file_have_names(net, tmp_path):
     assert running.get_outputs()[0].shape == ["batch", 10]
 
 
+@pytest.mark.slow
 def test_keyword_arguments_may_come_in_any_order_and_what_is_no_tensor_is_a_constant(net, tmp_path):
     example = {"mask": torch.ones(1, 1, 32, 32), "gain": 3.0, "x": torch.randn(1, *SIZE)}
     done = dysurgery.export(net, example, tmp_path / "net.onnx", batches=[1, 4])
@@ -179,7 +184,10 @@ GEOMETRIES = {
 }
 
 
-@pytest.mark.parametrize(("axes", "format"), [(1, "onnx"), (2, "onnx"), (3, "onnx"), (2, "pt2")])
+@pytest.mark.parametrize(
+    ("axes", "format"),
+    [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "onnx"), (2, "onnx"), (3, "onnx"), (2, "pt2"))],
+)
 def test_every_geometry_is_exported_as_it_is(axes, format, tmp_path):
     gates = ("softmax", "sigmoid")
     static = GEOMETRIES[axes]()
@@ -208,6 +216,7 @@ def test_the_model_and_the_random_state_stay_as_they_were(net, tmp_path):
     assert apart(session(done.path).run(None, {"x": x.numpy()})[0], expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_static_and_a_compiled_model_are_exported_too(tmp_path):
     static = Net().eval()
     done = dysurgery.export(torch.compile(static), SIZE, tmp_path / "net.onnx", opset=18)
@@ -216,6 +225,7 @@ def test_a_static_and_a_compiled_model_are_exported_too(tmp_path):
     assert apart(session(done.path).run(None, {"x": x.numpy()})[0], static(x).detach()) < 1e-4
 
 
+@pytest.mark.slow
 def test_half_precision_is_exported_and_bfloat16_where_it_runs(net, tmp_path):
     assert dysurgery.export(net.half(), SIZE, tmp_path / "half.onnx").relative_diff < 5e-2
     assert session(tmp_path / "half.onnx").get_inputs()[0].type == "tensor(float16)"
@@ -252,7 +262,7 @@ class OneSize(nn.Module):
         return self.head(x.flatten(1))
 
 
-@pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
 def test_a_file_that_would_compute_something_else_is_not_kept(format, tmp_path):
     path = tmp_path / f"old.{format}"
     path.write_text("old")
@@ -322,6 +332,7 @@ def test_what_cannot_be_is_said_at_once(net, tmp_path, monkeypatch):
     assert (tmp_path / "net.onnx").read_text() == "old"
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_or_logged(tmp_path):
     code = (
         "import torch, dysurgery; from torch import nn;"
@@ -329,3 +340,18 @@ def test_nothing_is_printed_or_logged(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_folded_network_is_exported_and_timed_beside_the_static_one(tmp_path):
+    static = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    model = varied(dysurgery.convert(static, torch.randn(1, *SIZE), layers="all"))
+    folded = dysurgery.fuse_bn(model, torch.randn(1, *SIZE)).model
+    done = dysurgery.export(folded, SIZE, tmp_path / "net.onnx", batches=[3])
+    x = torch.randn(2, *SIZE)
+    assert apart(session(done.path).run(None, {done.inputs[0]: x.numpy()})[0], model(x).detach()) < 1e-4
+    found = timings(folded, SIZE, done, images=(1, 2), seconds=0)
+    places = [(t.network, t.runtime) for t in found if t.images == 2]
+    assert places == [(n, r) for n in ("dynamic", "static") for r in ("torch", "onnxruntime")]
+    assert all(timing.milliseconds > 0 for timing in found)
+    with pytest.raises(dysurgery.UsageError, match="got 0"):
+        timings(folded, SIZE, done, images=[0])

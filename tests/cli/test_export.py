@@ -12,6 +12,7 @@ from dysurgery.cli import main
 
 import dysurgery
 from dysurgery import checkpoint
+from dysurgery.train import finetune, load_recipe
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def test_a_saved_folder_becomes_an_onnx_file_with_everything_that_its_use_needs(
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_static_model_becomes_a_pt2_file_of_any_size_quietly(run, factory_file):
     spec = f"{factory_file}:tiny"
     result = run(
@@ -62,7 +64,16 @@ def test_a_static_model_becomes_a_pt2_file_of_any_size_quietly(run, factory_file
     torch.testing.assert_close(program(x), checkpoint.open_model(spec).model(x))
 
 
-def test_json_on_standard_output_is_all_there_is(run):
+def test_a_run_is_exported_with_its_latency_and_json_on_standard_output_is_all_there_is(run):
+    short = {"pretrain.epochs": 1, "finetune.epochs": 1, "temperature.warmup": 1, "train_images": 64}
+    finetune(recipe=load_recipe("digits", short), out="run", control=False)
+    result = run("export", "run", "--json", "-", "--latency")
+    figures = json.loads(result.stdout)
+    assert figures["model"] == "run"
+    assert len(figures["latency"]) == 8
+    known = onnxruntime.InferenceSession("run.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(known["classes"]) == list("0123456789")
+    assert json.loads(known["input_size"]) == [1, 8, 8]
     result = run("export", "tiny-dy4", "--json", "-", "--batch", "3")
     assert [check["shapes"] for check in json.loads(result.stdout)["checks"]] == [[[3, 3, 16, 16]]]
 
