@@ -345,7 +345,7 @@ def test_nothing_is_printed_or_logged(tmp_path):
 def test_a_folded_network_is_exported_and_timed_beside_the_static_one(tmp_path):
     static = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
     model = varied(dysurgery.convert(static, torch.randn(1, *SIZE), layers="all"))
-    folded = dysurgery.fuse_bn(model, torch.randn(1, *SIZE)).model
+    folded = dysurgery.fuse_bn(model, torch.randn(1, *SIZE))
     done = dysurgery.export(folded, SIZE, tmp_path / "net.onnx", batches=[3])
     x = torch.randn(2, *SIZE)
     assert apart(session(done.path).run(None, {done.inputs[0]: x.numpy()})[0], model(x).detach()) < 1e-4
