@@ -8,11 +8,13 @@ from typing import Any
 import click
 from dysurgery.cli.convert import convert
 from dysurgery.cli.cost import cost
+from dysurgery.cli.export import export
 from dysurgery.cli.finetune import finetune_command
 from dysurgery.cli.fold import fold
 from dysurgery.cli.plan import plan
 from dysurgery.cli.probe import probe_command
 from dysurgery.cli.recipes import recipes
+from dysurgery.cli.report import report_command
 
 import dysurgery
 
@@ -37,5 +39,5 @@ def main() -> None:
     """Turn a pretrained CNN into a dynamic-convolution network that computes exactly what it did."""
 
 
-for command in (convert, plan, cost, finetune_command, probe_command, fold, recipes):
+for command in (convert, plan, cost, finetune_command, probe_command, fold, export, report_command, recipes):
     main.add_command(command)

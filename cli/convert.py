@@ -74,7 +74,7 @@ def convert(
         source=built.source,
         input_size=built.input_size,
         preprocessing=built.preprocessing,
-        report=figures,
+        report=figures | {"weights": weights, "size": options["input_size"], "plan": plan_file},
         force=force,
     )
     choices = f"; they are choices, which rounding alone changes by {done.rounding:.1e}" if done.rounding else ""

@@ -11,7 +11,7 @@ import torch
 from click.core import ParameterSource
 from torch import Tensor
 
-from dysurgery.checkpoint import open_model
+from dysurgery.checkpoint import open_model, saved_folder
 from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.models import BuiltModel
 from dysurgery.nn import GATES, STARTS
@@ -114,7 +114,7 @@ def output_options(command: Command) -> Command:
 
 def open_for_figures(spec: str, options: Mapping[str, Any]) -> BuiltModel:
     """Open a model of which only the shapes matter: a name of timm or torchvision needs no weights."""
-    named = not Path(spec).is_dir() and ".py:" not in spec
+    named = not Path(spec).is_dir() and ".py:" not in spec and saved_folder(spec) is None
     weights = "random" if named else None
     return open_model(spec, weights=weights, model_args=dict(options["model_args"]), input_size=options["input_size"])
 

@@ -15,6 +15,9 @@ from torch import nn
 from dysurgery.choose import Choice
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.demote import Demotion
+from dysurgery.deployed import Timing
+from dysurgery.export import Exported
+from dysurgery.figures import change, count
 from dysurgery.plan import Plan, PlannedSite
 from dysurgery.probe import AVERAGED_ELSEWHERE, INTERVENTIONS, LayerAttention, ProbeReport
 from dysurgery.trace import ConvSite
@@ -38,21 +41,6 @@ def working(text: str, quiet: bool = False) -> Iterator[None]:
     """Show a spinner on standard error while the block runs, in a terminal."""
     with Console(stderr=True, quiet=quiet or not sys.stderr.isatty()).status(text):
         yield
-
-
-def count(value: float, digits: int = 4) -> str:
-    """Format a number of parameters or Mult-Adds: 576, 36.86k, 11.69M, 1.861G."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit * (1 - 0.5 * 10.0**-digits):
-            return f"{value / limit:.{digits}g}{unit}"
-    return f"{value:.{digits}g}"
-
-
-def change(before: float, after: float) -> tuple[str, str]:
-    """Return the difference and the percentage, both signed."""
-    sign = "+" if after >= before else "-"
-    percent = f"{(after - before) / before:+.1%}" if before else "-"
-    return f"{sign}{count(abs(after - before))}", percent
 
 
 def _table(*columns: str, text: Collection[str] = (), plain: bool, title: str | None = None) -> Table:
@@ -168,6 +156,32 @@ def cost_table(out: Console, name: str, report: CostReport) -> None:
     table.add_row("the whole model", "", count(report.params), count(report.mult_adds.total), "100.0%")
     out.print(table)
     basis(out, report.input_shape)
+
+
+def checks_table(out: Console, done: Exported) -> None:
+    """Print what an exported file was run on and how far it is from the model, and where it is."""
+    table = _table("input", "largest difference", "of the largest output", plain=not out.is_terminal)
+    for check in done.checks:
+        sizes = ", ".join("x".join(map(str, shape)) for shape in check.shapes)
+        table.add_row(sizes, f"{check.max_abs_diff:.1e}", f"{check.relative_diff:.1e}")
+    out.print(table)
+    where = "a process of its own" if done.opset is None else f"onnxruntime, opset {done.opset}"
+    names = f"{', '.join(done.inputs)} -> {', '.join(done.outputs)}"
+    out.print(f"Run in {where}: {names}.\nSaved to {done.path} ({count(done.size)}B)", soft_wrap=True)
+
+
+def timings_table(out: Console, timings: Sequence[Timing]) -> None:
+    """Print how long a network takes in torch and as a file, dynamic and static, for some numbers of images."""
+    counts = list(dict.fromkeys(timing.images for timing in timings))
+    heads = [f"{count} image{'s' * (count > 1)}" for count in counts]
+    table = _table("network", "runs in", *heads, text=("network", "runs in"), plain=not out.is_terminal)
+    rows: dict[tuple[str, str], dict[int, float]] = {}
+    for timing in timings:
+        rows.setdefault((timing.network, timing.runtime), {})[timing.images] = timing.milliseconds
+    for (network, runtime), times in rows.items():
+        table.add_row(network, runtime, *(f"{times[count]:.2f} ms" for count in counts))
+    out.print(table)
+    out.print("latency: median on this machine, all in turns; static: every layer frozen to its mean kernel")
 
 
 def outcome_table(out: Console, name: str, outcome: Outcome) -> None:

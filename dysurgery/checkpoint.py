@@ -8,10 +8,11 @@ loaded strictly; tau is among them. Writing is atomic: a folder is either the ol
 import json
 import os
 import platform
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from torch import Tensor, fx, nn
 from dysurgery import models
 from dysurgery._version import __version__
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
-from dysurgery.files import sync
+from dysurgery.files import sync, write_text
 from dysurgery.nn import DynamicLayer, FusedNorm, folded, handler, temperature
 from dysurgery.nn.layer import BIAS_ADDED, WAS_DYNAMIC
 from dysurgery.nn.norm import add_bias
 from dysurgery.rewrite import graft, graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
-from dysurgery.weights import with_metadata
+from dysurgery.weights import FetchError, hub_file, with_metadata
 
 FORMAT = 2
 """Since 2: ``static``, ``biases`` and ``norms``."""
@@ -127,17 +128,14 @@ def save(
             "timm": timm.__version__,
         },
     )
-    try:
-        text = json.dumps(config.to_json(target), indent=2)
-    except TypeError as error:
-        raise UsageError(f"config.json takes plain values only: {error}") from error
+    text = _config_text(config, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             safetensors.torch.save_model(model, str(new / WEIGHTS))
-            (new / CONFIG).write_text(text + "\n", encoding="utf-8")
+            (new / CONFIG).write_text(text, encoding="utf-8")
             sync(new / WEIGHTS, new / CONFIG, new)
             if target.exists():
                 target.rename(Path(scratch) / "old")
@@ -146,6 +144,18 @@ def save(
     except (OSError, safetensors.SafetensorError) as error:
         raise DysurgeryError(f"cannot write {target}: {error}") from error
     return target
+
+
+def _config_text(config: Config, folder: Path) -> str:
+    try:
+        return json.dumps(config.to_json(folder), indent=2) + "\n"
+    except TypeError as error:
+        raise UsageError(f"config.json takes plain values only: {error}") from error
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write ``config.json`` alone to ``folder``, beside weights that are there already."""
+    write_text(folder / CONFIG, _config_text(config, folder))
 
 
 def check_target(folder: str | os.PathLike[str], *, force: bool) -> Path:
@@ -209,17 +219,20 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """Return the model saved in ``folder``, in eval mode, in the types it was saved in, on the CPU.
 
     Nothing is unpickled. A folder whose source is ``FILE.py:FACTORY`` runs that file, as any import would: load such
-    folders only from people whose code you would run.
+    folders only from people whose code you would run. Of a repository of the hub no code is run.
 
     Args:
-        folder: what :func:`save` wrote.
+        folder: what :func:`save` wrote, or ``hf-hub:user/repo[@revision]`` that :func:`dysurgery.push_to_hub` did.
         model: the static network, for a folder that does not know its source; it is used up.
 
     Raises:
         DysurgeryError: if the folder is damaged, its source cannot be built, or the tensors do not fit.
         UsageError: if the folder does not know its source and no model is passed.
     """
-    config = read_config(folder)
+    place = saved_folder(folder) or Path(folder)
+    config = read_config(place)
+    if _on_hub(folder):
+        config = _without_code(config, str(folder))
     with torch.random.fork_rng(devices=[]):
         if model is None:
             if config.source is None:
@@ -228,8 +241,45 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
                 )
             model = models.rebuild(config.source)
         model = _with_layers(model, config, folder)
-    load_into(model, folder)
+    load_into(model, place)
     return model.eval()
+
+
+def _on_hub(spec: str | os.PathLike[str]) -> bool:
+    return re.match("hf[-_]hub:", str(spec)) is not None
+
+
+def saved_folder(spec: str | os.PathLike[str]) -> Path | None:
+    """Return the folder that ``spec`` names, that of the cache for a repository of the hub; None if it holds no model.
+
+    Raises:
+        DysurgeryError: if the hub is needed and cannot be had.
+    """
+    if not _on_hub(spec):
+        return Path(spec) if (Path(spec) / CONFIG).is_file() else None
+    repository = str(spec).partition(":")[2]
+    try:
+        config = hub_file(repository, [CONFIG])
+        found = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not {"format", "layers", "versions"} <= found.keys():
+            return None  # of timm, or of another kind
+        # The folder of the cache is named after the commit: both files have to be of the same.
+        hub_file(f"{repository.partition('@')[0]}@{config.parent.name}", [WEIGHTS])
+    except FetchError as reason:
+        raise DysurgeryError(f"{spec} cannot be loaded: {reason}") from reason
+    except (OSError, ValueError) as error:
+        raise DysurgeryError(f"{spec} cannot be loaded: its {CONFIG} cannot be read: {error}") from error
+    return config.parent
+
+
+def _without_code(config: Config, spec: str) -> Config:
+    """Return the config of a stranger's repository, which may name no code and no file to load."""
+    source = config.source
+    if source is None or source.kind == "file":
+        return replace(config, source=None)
+    if own := [name for name in source.args if name in models.OWN_ARGUMENTS and name != "pretrained_cfg"]:
+        raise DysurgeryError(f"{spec} is not loaded: its config asks for {own[0]}, which no repository should")
+    return config
 
 
 def load_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -313,17 +363,20 @@ def open_model(
     input_size: tuple[int, int, int] | None = None,
     seed: int = 0,
 ) -> models.BuiltModel:
-    """Open a saved folder, or build whatever :func:`dysurgery.models.build` knows by that name.
+    """Open a saved folder (``hf-hub:user/repo`` too), or build what :func:`dysurgery.models.build` knows by that name.
 
     Raises:
         UsageError: for an unknown name, or arguments that a saved folder does not take.
         DysurgeryError: if it cannot be had.
     """
-    folder = Path(spec)
-    if not folder.is_dir() or ((os.sep not in spec) and not (folder / CONFIG).exists()):
+    folder = saved_folder(spec) if _on_hub(spec) else Path(spec)
+    if folder is None or not folder.is_dir() or ((os.sep not in spec) and not (folder / CONFIG).exists()):
         return models.build(spec, weights=weights, model_args=model_args, input_size=input_size, seed=seed)
     if weights is not None or model_args:
         raise UsageError(f"{spec} is a saved folder, which has its own weights and arguments")
     config = read_config(folder)
     size = input_size or config.input_size or (3, 224, 224)
-    return models.BuiltModel(load(folder), config.source, folder.resolve().name, size, config.preprocessing)
+    label, source = folder.resolve().name, config.source
+    if _on_hub(spec):
+        label, source = spec.partition("@")[0].rpartition("/")[2], _without_code(config, spec).source
+    return models.BuiltModel(load(spec), source, label, size, config.preprocessing)

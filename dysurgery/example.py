@@ -57,11 +57,16 @@ def first_batch(model: nn.Module, example: Example) -> Tensor | None:
 
     A batch has at least two axes more than the model's first convolution; one of recordings may lack the channel.
     """
-    axes = next((len(m.stride) for m in model.modules() if isinstance(m, _ConvNd | DynamicConvNd)), 2)
+    axes = spatial_axes(model)
     for leaf in pytree.tree_leaves(call_arguments(example)):
         if isinstance(leaf, Tensor) and leaf.dim() >= (axes + 2 if axes > 1 else 2):
             return leaf
     return None
+
+
+def spatial_axes(model: nn.Module) -> int:
+    """Return the number of axes that the model's first convolution goes over; 2 if it has none."""
+    return next((len(m.stride) for m in model.modules() if isinstance(m, _ConvNd | DynamicConvNd)), 2)
 
 
 def shadow(model: nn.Module) -> nn.Module:

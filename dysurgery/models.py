@@ -33,7 +33,7 @@ from dysurgery.weights import FetchError, had, hub_file, load_weights, timm_weig
 Size = tuple[int, int, int]
 
 
-_OWN_ARGUMENTS = (
+OWN_ARGUMENTS = (
     "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
     "weights", "weights_backbone", "progress",
 )  # fmt: skip
@@ -299,7 +299,7 @@ _BUILDERS: dict[str, Callable[[str, dict[str, Any], Size | None, bool], tuple[Bu
 
 
 def _refuse_own(args: Mapping[str, Any]) -> None:
-    for name in _OWN_ARGUMENTS:
+    for name in OWN_ARGUMENTS:
         if name in args:
             raise UsageError(f"{name} is no model argument here: say with --weights which weights to take")
 
@@ -325,5 +325,5 @@ def _accepted(factory: Callable[..., Any]) -> list[str]:
     """Return the arguments of the class that a library's factory builds, by building one without storage."""
     with suppress(Exception), torch.device("meta"):
         names = inspect.signature(type(factory())).parameters
-        return [name for name in names if name not in _OWN_ARGUMENTS]
+        return [name for name in names if name not in OWN_ARGUMENTS]
     return []

@@ -30,6 +30,9 @@ class DynamicConvNd(DynamicLayer):
     )  # fmt: skip
     """The arguments of :attr:`geometry_of` that are attributes of it as well."""
 
+    chooser: execution.Chooser = staticmethod(execution.choose)
+    """Which of :data:`execution.WAYS` to go; an instance that is to be exported has another one."""
+
     def __init__(self, twin: _ConvNd, *, k: int, reduction: int, gate: str, device: Any, dtype: Any) -> None:
         # The static twin has no storage. It checked the geometry and worked out the padding of 'same'.
         super().__init__(
@@ -93,7 +96,7 @@ class DynamicConvNd(DynamicLayer):
         geometry = execution.Geometry(
             self.weight_shape, self.stride, padding, self.dilation, self.groups, self.transposed, output_padding
         )
-        return execution.convolve(x, pi, self.kernels(), self.bias_bank, geometry)
+        return execution.convolve(x, pi, self.kernels(), self.bias_bank, geometry, self.chooser)
 
     def extra_repr(self) -> str:
         text = (

@@ -2,17 +2,20 @@
 
 Every way takes ``(x, pi, bank, bias_bank, geometry)`` and computes, for sample b, ``W_b = sum_k pi_bk W_k``,
 ``bias_b = sum_k pi_bk bias_k`` and ``y_b = conv(x_b, W_b) + bias_b`` (Chen et al., CVPR 2020, section 3). A new way
-is a function entered in :data:`WAYS`, and a line in :func:`choose`; the layers call :func:`convolve` and see no more.
+is a function entered in :data:`WAYS`, and a line in a chooser; the layers call :func:`convolve` and see no more.
+:func:`choose` is the chooser of every layer; :mod:`dysurgery.export` sets another one in the copy that it writes.
 
 Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
 (K, Cout), y (B, Cout, *size').
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import scan
 from torch.nn import functional as F
 
 
@@ -35,6 +38,7 @@ class Geometry(NamedTuple):
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
+Chooser = Callable[[Tensor, Geometry], str]
 
 
 def mix(pi: Tensor, bank: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def matmul(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geomet
     if any(step != 1 for step in geometry.stride):
         x = x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
     batch, channels, *size = x.shape
-    positions = x.shape[2:].numel()
+    positions = math.prod(size)  # Size.numel() would be a constant in an exported graph
     weight = mix(pi, bank).view(batch, geometry.out_channels, channels)
     bias = None if bias_bank is None else mix(pi, bias_bank)
     if x.stride(1) == 1:
@@ -78,6 +82,24 @@ def grouped(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
     return y.view(batch, geometry.out_channels, *y.shape[2:])
 
 
+def one_by_one(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """One ordinary convolution after another, as a loop inside the graph: covers every geometry, for ONNX.
+
+    There the number of groups is a constant, which :func:`grouped` would tie to one batch size.
+    """
+    weight = mix(pi, bank).view(x.shape[0], *geometry.weight_shape)
+    rows = (x, weight) if bias_bank is None else (x, weight, mix(pi, bias_bank))
+
+    def step(carried: Tensor, row: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        sample, kernel, *bias = row
+        y = _convolution(sample.unsqueeze(0), kernel, bias[0] if bias else None, geometry, geometry.groups)
+        return carried.clone(), y.squeeze(0)
+
+    # A scan has to carry something from step to step.
+    y: Tensor = scan(step, x.new_zeros(()), rows)[1]
+    return y
+
+
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -95,23 +117,35 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b)
 
 
-WAYS: dict[str, Way] = {"single": single, "matmul": matmul, "grouped": grouped}
+WAYS: dict[str, Way] = {"single": single, "matmul": matmul, "grouped": grouped, "one by one": one_by_one}
 
 
 def choose(x: Tensor, geometry: Geometry) -> str:
     """Return the name of the way for this input: from static facts only, so that it compiles without a graph break."""
-    if x.shape[0] <= 1:
-        return "single"
+    return "single" if x.shape[0] <= 1 else choose_for_any_batch(x, geometry)
+
+
+def choose_for_any_batch(x: Tensor, geometry: Geometry) -> str:
+    """The same for a graph that is to run on any number of samples: never look at how many there are."""
+    return "matmul" if _is_matmul(geometry) else "grouped"
+
+
+def choose_for_onnx(x: Tensor, geometry: Geometry) -> str:
+    """The same where, beyond that, the number of groups is a constant."""
+    return "matmul" if _is_matmul(geometry) else "one by one"
+
+
+def _is_matmul(geometry: Geometry) -> bool:
     unpadded = geometry.padding in ("valid", "same") or not any(geometry.padding)  # 'same' pads a 1x1 by nothing
     pointwise = all(size == 1 for size in geometry.weight_shape[2:])
-    if pointwise and geometry.groups == 1 and unpadded and not geometry.transposed:
-        return "matmul"
-    return "grouped"
+    return pointwise and geometry.groups == 1 and unpadded and not geometry.transposed
 
 
-def convolve(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
-    """Run the convolution the way :func:`choose` says."""
-    return WAYS[choose(x, geometry)](x, pi, bank, bias_bank, geometry)
+def convolve(
+    x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry, chooser: Chooser = choose
+) -> Tensor:
+    """Run the convolution the way that ``chooser`` says."""
+    return WAYS[chooser(x, geometry)](x, pi, bank, bias_bank, geometry)
 
 
 def linear(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None) -> Tensor:

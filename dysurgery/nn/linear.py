@@ -1,5 +1,6 @@
 """The paper's dynamic perceptron: K parallel matrices, one attention, one matrix product per sample."""
 
+import math
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class DynamicLinear(DynamicLayer):
         """
         if x.dim() == 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        rows = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
+        rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
         pi = self.gate(rows.mean(dim=1))
         y = execution.linear(rows, pi, self.kernels(), self.bias_bank)
         return y.view(*x.shape[:-1], self.out_features)

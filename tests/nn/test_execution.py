@@ -1,8 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from dysurgery.nn.execution import WAYS, Geometry, choose
+from dysurgery.nn.execution import WAYS, Geometry, choose, choose_for_any_batch, choose_for_onnx
 
 CASES = {
     "1x1": Geometry((6, 4, 1, 1), (1, 1), (0, 0), (1, 1), 1),
@@ -27,7 +29,7 @@ SIZE = (7, 8, 5)
 
 
 def covers(way, case, batch):
-    """Whether this way may be used: ``single`` for one sample, ``matmul`` for a plain 1x1, ``grouped`` for any two."""
+    """Whether this way may be used: ``single`` for one sample, ``matmul`` for a plain 1x1, others for any sample."""
     geometry = CASES[case]
     if way == "single":
         return batch <= 1
@@ -37,9 +39,32 @@ def covers(way, case, batch):
     return batch > 0
 
 
+def defined(x, pi, weights, biases, geometry):
+    """The definition: torch's own convolution of each sample with its own kernel."""
+    axes = len(geometry.stride)
+    padded = (geometry.padding, geometry.output_padding) if geometry.transposed else (geometry.padding,)
+    rest = (geometry.groups, geometry.dilation) if geometry.transposed else (geometry.dilation, geometry.groups)
+    function = getattr(F, f"conv_transpose{axes}d" if geometry.transposed else f"conv{axes}d")
+
+    def convolution(x, weight, bias):
+        return function(x, weight, bias, geometry.stride, *padded, *rest)
+
+    rows = [
+        convolution(x[b : b + 1], torch.tensordot(pi[b], weights, 1), None if biases is None else pi[b] @ biases)
+        for b in range(len(x))
+    ]
+    return torch.cat(rows) if rows else convolution(x, weights[0], None)
+
+
 @pytest.mark.parametrize(
     ("way", "case", "batch"),
-    [(way, case, batch) for way in WAYS for case in CASES for batch in (0, 1, 3) if covers(way, case, batch)],
+    [
+        (way, case, batch)
+        for way in WAYS
+        for case in CASES
+        for batch in (0, 1, 3)
+        if way != "one by one" and covers(way, case, batch)  # that is for inference: below
+    ],
 )
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -55,24 +80,7 @@ def test_every_way_equals_the_definition_wherever_it_may_be_used(way, case, bias
     biases = torch.randn(k, geometry.out_channels, dtype=torch.float64) if bias else None
     inputs = [t.requires_grad_() for t in (x, pi, weights, biases) if t is not None]
 
-    def convolution(x, weight, bias):
-        padded = (geometry.padding, geometry.output_padding) if geometry.transposed else (geometry.padding,)
-        rest = (geometry.groups, geometry.dilation) if geometry.transposed else (geometry.dilation, geometry.groups)
-        function = getattr(F, f"conv_transpose{axes}d" if geometry.transposed else f"conv{axes}d")
-        return function(x, weight, bias, geometry.stride, *padded, *rest)
-
-    def defined():
-        rows = [
-            convolution(
-                x[b : b + 1],
-                torch.tensordot(pi[b], weights, 1),
-                pi[b] @ biases if bias else None,
-            )
-            for b in range(batch)
-        ]
-        return torch.cat(rows) if rows else convolution(x, weights[0], None)
-
-    y, reference = WAYS[way](x, pi, weights.view(k, -1), biases, geometry), defined()
+    y, reference = WAYS[way](x, pi, weights.view(k, -1), biases, geometry), defined(x, pi, weights, biases, geometry)
     assert y.shape == reference.shape
     torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
     if batch:
@@ -82,11 +90,51 @@ def test_every_way_equals_the_definition_wherever_it_may_be_used(way, case, bias
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@st.composite
+def geometries(draw):
+    """Any geometry that torch takes, with its number of input channels."""
+    axes, groups, transposed = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4])), draw(st.booleans())
+
+    def each(low, high):
+        return draw(st.tuples(*[st.integers(low, high)] * axes))
+
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 2)
+    padding = tuple(min(p, d * (s - 1)) for p, d, s in zip(each(0, 2), dilation, kernel, strict=True))
+    outputs = draw(st.integers(1, 3))
+    if transposed:
+        extra = tuple(min(1, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True))
+        return Geometry((4, outputs, *kernel), stride, padding, dilation, groups, True, extra)
+    if set(stride) == {1}:
+        padding = draw(st.sampled_from([padding, "same", "valid"]))
+    return Geometry((outputs * groups, 4 // groups, *kernel), stride, padding, dilation, groups)
+
+
+@given(geometry=geometries(), batch=st.integers(1, 3), bias=st.booleans())
+@settings(max_examples=15, deadline=None)  # each is compiled
+def test_one_by_one_equals_the_definition_for_every_geometry_and_batch(geometry, batch, bias):
+    torch.manual_seed(0)
+    x = torch.randn(batch, 4, *SIZE[: len(geometry.stride)], dtype=torch.float64)
+    pi = torch.rand(batch, 3, dtype=torch.float64)
+    weights = torch.randn(3, *geometry.weight_shape, dtype=torch.float64)
+    biases = torch.randn(3, geometry.out_channels, dtype=torch.float64) if bias else None
+    y = WAYS["one by one"](x, pi, weights.flatten(1), biases, geometry)
+    torch.testing.assert_close(y, defined(x, pi, weights, biases, geometry), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("batch", [0, 1, 2, 8])
 def test_the_chooser_names_a_way_that_covers_the_case(case, batch):
     x = torch.empty(batch, 4, *SIZE[: len(CASES[case].stride)])
     assert covers(choose(x, CASES[case]), case, batch)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chooser", [choose_for_any_batch, choose_for_onnx])
+def test_a_chooser_of_an_exported_graph_names_one_way_for_every_batch(case, chooser):
+    axes = len(CASES[case].stride)
+    (way,) = {chooser(torch.empty(batch, 4, *SIZE[:axes]), CASES[case]) for batch in (1, 2, 8)}
+    assert all(covers(way, case, batch) for batch in (1, 2, 8))
+    assert chooser is choose_for_any_batch or way != "grouped"
 
 
 def test_a_1x1_keeps_channels_last():
