@@ -7,8 +7,8 @@ kernel, as a factor in W that the BatchNorm after it takes out again has to chan
 ``|W| sqrt(E |g - E g|^2)``. Over sites such gains add up, which makes the choice under a budget a knapsack
 (:mod:`dysurgery.budget`).
 
-Not its square: for steps as long as the gradient, the variance would be the gain, but chosen by that, plans kept less
-than random ones (``benchmarks/choose``). Nor its ratio to ``|E g|``: in a trained network that is near zero everywhere.
+Not its square: for steps as long as the gradient, the variance would be the gain, but plans chosen by that kept half
+of the gain (``benchmarks/choose``). Nor its ratio to ``|E g|``: in a trained network that is near zero everywhere.
 Nor only what the pooled input, all that an attention sees, can explain: that takes thousands of images to measure.
 Called by :mod:`dysurgery.choose`.
 """
