@@ -82,18 +82,18 @@ class BankRates:
 
     Args:
         model: what is trained; its gates are watched in training mode.
-        groups: of the optimizer, from :func:`parameter_groups`.
+        optimizer: its groups are those of :func:`parameter_groups`; loading a state gives it others.
         total: sums each value over all processes, so that all take the same step.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict[str, Any]],
+        optimizer: torch.optim.Optimizer,
         total: Callable[..., list[float]] = lambda *values: [*values],
     ) -> None:
-        self.groups, self.total = groups, total
-        followed = {group["layer"] for group in groups} - {NOT_FOLLOWED}
+        self.optimizer, self.total = optimizer, total
+        followed = {group["layer"] for group in optimizer.param_groups} - {NOT_FOLLOWED}
         self.layers = {p: m for p, m in model.named_modules() if p in followed and isinstance(m, DynamicLayer)}
         self.seen: dict[str, list[Tensor]] = defaultdict(list)
         self.hooks = [layer.gate.register_forward_hook(self._watch(path)) for path, layer in self.layers.items()]
@@ -131,13 +131,13 @@ class BankRates:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Take the optimizer's step in here."""
-        factors = self.factors()
-        kept = [(group["lr"], group["weight_decay"]) for group in self.groups]
-        for group in self.groups:
+        factors, groups = self.factors(), self.optimizer.param_groups
+        kept = [(group["lr"], group["weight_decay"]) for group in groups]
+        for group in groups:
             factor = factors.get(group["layer"], 1.0)
             group["lr"], group["weight_decay"] = group["lr"] * factor, group["weight_decay"] / factor
         yield
-        for group, (lr, weight_decay) in zip(self.groups, kept, strict=True):
+        for group, (lr, weight_decay) in zip(groups, kept, strict=True):
             group["lr"], group["weight_decay"] = lr, weight_decay
 
 

@@ -195,7 +195,7 @@ class _Run:
             attention_weight_decay=how.attention_weight_decay,
         )  # fmt: skip
         self.optimizer = _optimizer(groups, how)
-        self.bank_rates = BankRates(self.model, self.optimizer.param_groups, processes.sum)
+        self.bank_rates = BankRates(self.model, self.optimizer, processes.sum)
         self.factor = groups[0]["lr"] / how.lr if how.lr else 1.0
         self.scheduler = _scheduler(self.optimizer, how, self.steps)
         self.scaler = NativeScaler(device=processes.device.type) if how.amp == "fp16" else None

@@ -65,7 +65,7 @@ def test_the_mixed_kernel_moves_as_fast_as_the_static_one_however_sharp_the_atte
             for bank in (layer.bank.data, layer.bias_bank.data):  # equal kernels, mixed to the static one
                 bank[:] = bank.mean(dim=0) * (1 if gate == "softmax" else 2) / now
     optimizer = torch.optim.SGD(parameter_groups(dynamic, "sgd", 0.05, 0.0, attention_lr=0))
-    rates = BankRates(dynamic, optimizer.param_groups)
+    rates = BankRates(dynamic, optimizer)
     before = [group["lr"] for group in optimizer.param_groups]
 
     class Optimizer:
