@@ -228,18 +228,21 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         geometry: of the convolution.
         train: whether there will be a backward pass.
     """
-    batch, eager = x.shape[0], x.device.type == "cpu" and _eager()
+    batch, weights = x.shape[0], math.prod(geometry.weight_shape)
+    if batch <= 1 and (train or weights <= _WIDE):  # first, as at batch 1 every microsecond counts
+        return "single"
+    eager = x.device.type == "cpu" and _eager()
     if covers("matmul", x, geometry) and batch > 1:
-        kept = batch * math.prod(geometry.weight_shape) * x.element_size()
+        kept = batch * weights * x.element_size()
         return "products" if eager and kept > 4 * MIB else "matmul"
     if not eager or not covers("each", x, geometry):
         return "single" if batch <= 1 else "grouped"
     last, elements = is_last(x), x[0].numel()
     if geometry.groups == 1:
         positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
-        wide = math.prod(geometry.weight_shape) > _WIDE and positions <= _SMALL_MAP
+        wide = weights > _WIDE and positions <= _SMALL_MAP
         if batch == 1:
-            return "columns" if wide and not train else "single"
+            return "columns" if wide else "single"
         if wide:
             return "columns" if last or train else "blocks"
         return "grouped" if not last and 64 < x.shape[1] <= 128 and batch <= MAX_SAMPLES else "each"
@@ -249,6 +252,8 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         return "each" if elements >= 250_000 else "grouped"
     if geometry.groups < x.shape[1]:
         return "each"
+    if train and max(geometry.weight_shape[2:]) > 3:
+        return "grouped"  # the backward pass of a wide 5x5 depthwise convolution in channels_last is slow
     return "each" if elements >= (250_000 if train else 64_000) else "stacked"
 
 
