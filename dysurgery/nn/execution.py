@@ -70,7 +70,8 @@ def mix(pi: Tensor, bank: Tensor) -> Tensor:
 def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One ordinary convolution, for at most one sample."""
     # The sum is pi itself for one sample, and zeros of the right shape for an empty batch.
-    pi = pi.sum(dim=0, keepdim=True)
+    if pi.shape[0] != 1:
+        pi = pi.sum(dim=0, keepdim=True)
     weight = mix(pi, bank).view(geometry.weight_shape)
     bias = None if bias_bank is None else mix(pi, bias_bank).view(-1)
     return _convolution(x, weight, bias, geometry, geometry.groups)
