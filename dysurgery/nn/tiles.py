@@ -185,9 +185,14 @@ def is_last(x: Tensor) -> bool:
 
 def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return room for (B, C, *size) with the channels where ``like`` has them."""
-    if is_last(like):
-        return like.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    return like.new_empty(shape)
+    if not is_last(like):
+        return like.new_empty(shape)
+    # No view: what a Function returns as a view cannot be changed in place, as activations do.
+    strides, step = [0] * len(shape), shape[1]
+    strides[1] = 1
+    for axis in (*range(len(shape) - 1, 1, -1), 0):
+        strides[axis], step = step, step * shape[axis]
+    return like.new_empty_strided(shape, strides)
 
 
 class Each:

@@ -202,6 +202,16 @@ def test_tiles_under_autocast_compute_in_bfloat16_and_train_in_float32(way):
 
 
 @pytest.mark.parametrize("way", TILED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_activation_in_place_may_follow(way, layout):
+    tensors, geometry = inputs(way)
+    x, *rest = tensors
+    y, reference = (WAYS[name](LAYOUTS[layout](x), *rest, geometry) for name in (way, "grouped"))
+    found, expected = (torch.autograd.grad(t.square().sum(), x)[0] for t in (y.relu_(), reference.relu()))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", TILED)
 def test_tiles_can_be_differentiated_twice(way):
     tensors, geometry = inputs(way, torch.float64)
 
