@@ -2,11 +2,33 @@
 
 Every way takes ``(x, pi, bank, bias_bank, geometry)`` and computes, for sample b, ``W_b = sum_k pi_bk W_k``,
 ``bias_b = sum_k pi_bk bias_k`` and ``y_b = conv(x_b, W_b) + bias_b`` (Chen et al., CVPR 2020, section 3). A new way
-is a function entered in :data:`WAYS`, and a line in a chooser; the layers call :func:`convolve` and see no more.
-:func:`choose` is the chooser of every layer; :mod:`dysurgery.export` sets another one in the copy that it writes.
+is a function entered in :data:`WAYS`, a condition in :func:`covers` and a line in :func:`choose`; the layers call
+:func:`convolve` and see no more. :func:`choose` is the chooser of every layer; :mod:`dysurgery.export` sets another
+one in the copy that it writes.
+
+========  ==============================================================  =====================================
+way       what it does                                                    where :func:`choose` takes it
+========  ==============================================================  =====================================
+single    one ordinary convolution                                        one sample
+matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB
+products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that
+grouped   one convolution of B * groups groups, what everyone does        NCHW: small depthwise, 65..128 channels;
+                                                                          whatever no other way covers; a GPU
+stacked   the same with the samples side by side in channels_last         channels_last: small depthwise
+each      a convolution for each sample, kernels of 8 samples at a time   large depthwise, channels_last, dense
+blocks    the same for 128 output channels at a time                      wide dense layers on small maps, NCHW
+columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
+                                                                          or for one sample
+========  ==============================================================  =====================================
+
+``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``each``, ``blocks`` and ``columns`` keep no
+mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU in eager mode; under torch.compile, torch.export
+and torch.func, and on a GPU, the others are taken, which are plain operations. The thresholds were measured on one core
+with AVX-512 in float32 at batch 8. Not here, as they never won: K convolutions with mixed outputs, mixed inputs,
+shifted sums, vmap.
 
 Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
-(K, Cout), y (B, Cout, *size').
+(K, Cout), y (B, Cout, *size).
 """
 
 import math
@@ -17,6 +39,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.nn import functional as F
+
+from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, tiled
 
 
 class Geometry(NamedTuple):
@@ -38,7 +62,8 @@ class Geometry(NamedTuple):
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None, Geometry], Tensor]
-Chooser = Callable[[Tensor, Geometry], str]
+Chooser = Callable[[Tensor, Geometry, bool], str]
+"""Given the input, the geometry and whether there will be a backward pass, a name in :data:`WAYS`."""
 
 
 def mix(pi: Tensor, bank: Tensor) -> Tensor:
@@ -49,7 +74,8 @@ def mix(pi: Tensor, bank: Tensor) -> Tensor:
 def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One ordinary convolution, for at most one sample."""
     # The sum is pi itself for one sample, and zeros of the right shape for an empty batch.
-    pi = pi.sum(dim=0, keepdim=True)
+    if pi.shape[0] != 1:
+        pi = pi.sum(dim=0, keepdim=True)
     weight = mix(pi, bank).view(geometry.weight_shape)
     bias = None if bias_bank is None else mix(pi, bias_bank).view(-1)
     return _convolution(x, weight, bias, geometry, geometry.groups)
@@ -57,14 +83,13 @@ def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geomet
 
 def matmul(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One batched matrix product, for 1x1 kernels without padding; keeps NCHW and channels_last as they come."""
-    if any(step != 1 for step in geometry.stride):
-        x = x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
+    x = _strided(x, geometry)
     batch, channels, *size = x.shape
     positions = math.prod(size)  # Size.numel() would be a constant in an exported graph
     weight = mix(pi, bank).view(batch, geometry.out_channels, channels)
     bias = None if bias_bank is None else mix(pi, bias_bank)
-    if x.stride(1) == 1:
-        # channels_last: pixels are rows, so that nothing is copied.
+    if is_last(x):
+        # Pixels are rows, so that nothing is copied.
         rows = x.movedim(1, -1).reshape(batch, positions, channels)
         y = _product(rows, weight.transpose(1, 2), None if bias is None else bias.unsqueeze(1))
         return y.view(batch, *size, geometry.out_channels).movedim(-1, 1)
@@ -100,6 +125,43 @@ def one_by_one(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, ge
     return y
 
 
+def stacked(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """As :func:`grouped`, but with the channels innermost: (1, *size, B * Cin) instead of (1, B * Cin, *size)."""
+    batch, channels = x.shape[:2]
+    rows, *kernel = geometry.weight_shape
+    weight = mix(pi, bank).view(batch * rows, *kernel)
+    bias = None if bias_bank is None else mix(pi, bias_bank).view(-1)
+    side_by_side = x.movedim((0, 1), (-2, -1)).reshape(1, *x.shape[2:], batch * channels).movedim(-1, 1)
+    y = _convolution(side_by_side, weight, bias, geometry, batch * geometry.groups)
+    apart = y.movedim(1, -1).reshape(*y.shape[2:], batch, geometry.out_channels)
+    return apart.movedim(-2, 0).contiguous().movedim(-1, 1)
+
+
+def products(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """As :func:`matmul`, in tiles."""
+    geometry = (
+        geometry._replace(stride=(1,) * len(geometry.stride))
+        if (strided := _strided(x, geometry)) is not x
+        else geometry
+    )
+    return tiled(strided, pi, bank, bias_bank, _tiling("product", 256, geometry))
+
+
+def each(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """One convolution for each sample."""
+    return tiled(x, pi, bank, bias_bank, _tiling("each", geometry.out_channels, geometry))
+
+
+def blocks(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """One convolution for each sample and 128 output channels, whose kernels stay in the cache."""
+    return tiled(x, pi, bank, bias_bank, _tiling("each", 128, geometry))
+
+
+def columns(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """Patches (im2col) and one batched matrix product for 64 output channels."""
+    return tiled(x, pi, bank, bias_bank, _tiling("columns", 64, geometry))
+
+
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -117,35 +179,137 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b)
 
 
-WAYS: dict[str, Way] = {"single": single, "matmul": matmul, "grouped": grouped, "one by one": one_by_one}
+def _strided(x: Tensor, geometry: Geometry) -> Tensor:
+    """Return the positions of x that a 1x1 kernel sees."""
+    if all(step == 1 for step in geometry.stride):
+        return x
+    return x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
 
 
-def choose(x: Tensor, geometry: Geometry) -> str:
-    """Return the name of the way for this input: from static facts only, so that it compiles without a graph break."""
-    return "single" if x.shape[0] <= 1 else choose_for_any_batch(x, geometry)
+def _tiling(engine: str, rows: int, geometry: Geometry) -> Tiling:
+    padding = _padding(geometry)
+    assert padding is not None
+    shape, stride, _, dilation, groups = geometry[:5]
+    return Tiling(engine, min(rows, shape[0]), MAX_SAMPLES, shape, stride, padding, dilation, groups)
 
 
-def choose_for_any_batch(x: Tensor, geometry: Geometry) -> str:
+def _padding(geometry: Geometry) -> tuple[int, ...] | None:
+    """Return the padding as integers, or None if it is not the same before and behind."""
+    if geometry.padding == "valid":
+        return (0,) * len(geometry.stride)
+    if not isinstance(geometry.padding, str):
+        return geometry.padding
+    total = [step * (size - 1) for step, size in zip(geometry.dilation, geometry.weight_shape[2:], strict=True)]
+    return None if any(length % 2 for length in total) else tuple(length // 2 for length in total)
+
+
+WAYS: dict[str, Way] = {
+    "single": single,
+    "matmul": matmul,
+    "products": products,
+    "grouped": grouped,
+    "stacked": stacked,
+    "each": each,
+    "blocks": blocks,
+    "columns": columns,
+    "one by one": one_by_one,
+}
+TILED = ("products", "each", "blocks", "columns")
+"""The ways that are no plain operations: for eager mode."""
+
+
+def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
+    """Whether this way may be used for an input like x."""
+    batch, padding = x.shape[0], _padding(geometry)
+    if way == "single":
+        return batch <= 1
+    if batch == 0:
+        return False
+    if way in ("matmul", "products"):
+        return _is_product(geometry)
+    if way in ("grouped", "one by one"):
+        return True
+    if len(geometry.stride) != 2 or geometry.transposed or padding is None or x.numel() == 0:
+        return False
+    return way in ("each", "stacked") or geometry.groups == 1
+
+
+def _is_product(geometry: Geometry) -> bool:
+    """Whether it is a plain 1x1; 'same' pads that by nothing."""
+    padding, pointwise = _padding(geometry), all(size == 1 for size in geometry.weight_shape[2:])
+    return pointwise and geometry.groups == 1 and not geometry.transposed and padding is not None and not any(padding)
+
+
+MIB = 2**20
+_WIDE = 1_000_000
+"""Weights from which a dense kernel no longer passes through the cache in one piece."""
+_SMALL_MAP = 64
+"""Positions of an output below which those are slow as convolutions."""
+
+
+def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
+    """Return the name of the way for this input: from static facts only, so that it compiles without a graph break.
+
+    Args:
+        x: the input; its shape, layout, type and device count.
+        geometry: of the convolution.
+        train: whether there will be a backward pass.
+    """
+    batch, weights = x.shape[0], math.prod(geometry.weight_shape)
+    if batch <= 1 and (train or weights <= _WIDE):  # first, as at batch 1 every microsecond counts
+        return "single"
+    eager = x.device.type == "cpu" and _eager()
+    if covers("matmul", x, geometry) and batch > 1:
+        kept = batch * weights * x.element_size()
+        return "products" if eager and kept > 4 * MIB else "matmul"
+    if not eager or not covers("each", x, geometry):
+        return "single" if batch <= 1 else "grouped"
+    last, elements = is_last(x), x[0].numel()
+    if geometry.groups == 1:
+        positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
+        wide = weights > _WIDE and positions <= _SMALL_MAP
+        if batch == 1:
+            return "columns" if wide else "single"
+        if wide:
+            return "columns" if last or train else "blocks"
+        return "grouped" if not last and 64 < x.shape[1] <= 128 and batch <= MAX_SAMPLES else "each"
+    if batch == 1:
+        return "single"
+    if not last:
+        return "each" if elements >= 250_000 else "grouped"
+    if geometry.groups < x.shape[1]:
+        return "each"
+    if train and max(geometry.weight_shape[2:]) > 3:
+        return "grouped"  # the backward pass of a wide 5x5 depthwise convolution in channels_last is slow
+    return "each" if elements >= (250_000 if train else 64_000) else "stacked"
+
+
+def _eager() -> bool:
+    """Whether this runs now, as it is written: nobody traces it, transforms it or asks for forward derivatives."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def choose_for_any_batch(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     """The same for a graph that is to run on any number of samples: never look at how many there are."""
-    return "matmul" if _is_matmul(geometry) else "grouped"
+    return "matmul" if _is_product(geometry) else "grouped"
 
 
-def choose_for_onnx(x: Tensor, geometry: Geometry) -> str:
+def choose_for_onnx(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     """The same where, beyond that, the number of groups is a constant."""
-    return "matmul" if _is_matmul(geometry) else "one by one"
-
-
-def _is_matmul(geometry: Geometry) -> bool:
-    unpadded = geometry.padding in ("valid", "same") or not any(geometry.padding)  # 'same' pads a 1x1 by nothing
-    pointwise = all(size == 1 for size in geometry.weight_shape[2:])
-    return pointwise and geometry.groups == 1 and unpadded and not geometry.transposed
+    return "matmul" if _is_product(geometry) else "one by one"
 
 
 def convolve(
     x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry, chooser: Chooser = choose
 ) -> Tensor:
     """Run the convolution the way that ``chooser`` says."""
-    return WAYS[chooser(x, geometry)](x, pi, bank, bias_bank, geometry)
+    train = torch.is_grad_enabled() and (bank.requires_grad or x.requires_grad or pi.requires_grad)
+    return WAYS[chooser(x, geometry, train)](x, pi, bank, bias_bank, geometry)
 
 
 def linear(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None) -> Tensor:

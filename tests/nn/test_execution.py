@@ -1,10 +1,21 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from dysurgery.nn.execution import WAYS, Geometry, choose, choose_for_any_batch, choose_for_onnx
+from dysurgery.nn.execution import (
+    TILED,
+    WAYS,
+    Geometry,
+    choose,
+    choose_for_any_batch,
+    choose_for_onnx,
+    convolve,
+    covers,
+)
 
 CASES = {
     "1x1": Geometry((6, 4, 1, 1), (1, 1), (0, 0), (1, 1), 1),
@@ -28,15 +39,9 @@ CASES = {
 SIZE = (7, 8, 5)
 
 
-def covers(way, case, batch):
-    """Whether this way may be used: ``single`` for one sample, ``matmul`` for a plain 1x1, others for any sample."""
-    geometry = CASES[case]
-    if way == "single":
-        return batch <= 1
-    if way == "matmul":
-        plain = geometry.groups == 1 and geometry.padding != (1, 1) and not geometry.transposed
-        return plain and set(geometry.weight_shape[2:]) == {1}
-    return batch > 0
+def covered(way, case, batch):
+    """Whether this way may be used for the case."""
+    return covers(way, torch.empty(batch, 4, *SIZE[: len(CASES[case].stride)]), CASES[case])
 
 
 def defined(x, pi, weights, biases, geometry):
@@ -63,7 +68,7 @@ def defined(x, pi, weights, biases, geometry):
         for way in WAYS
         for case in CASES
         for batch in (0, 1, 3)
-        if way != "one by one" and covers(way, case, batch)  # that is for inference: below
+        if way != "one by one" and covered(way, case, batch)  # that is for inference: below
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
@@ -123,9 +128,10 @@ def test_one_by_one_equals_the_definition_for_every_geometry_and_batch(geometry,
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("batch", [0, 1, 2, 8])
-def test_the_chooser_names_a_way_that_covers_the_case(case, batch):
+@pytest.mark.parametrize("train", [True, False])
+def test_the_chooser_names_a_way_that_covers_the_case(case, batch, train):
     x = torch.empty(batch, 4, *SIZE[: len(CASES[case].stride)])
-    assert covers(choose(x, CASES[case]), case, batch)
+    assert covered(choose(x, CASES[case], train), case, batch)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,7 +139,7 @@ def test_the_chooser_names_a_way_that_covers_the_case(case, batch):
 def test_a_chooser_of_an_exported_graph_names_one_way_for_every_batch(case, chooser):
     axes = len(CASES[case].stride)
     (way,) = {chooser(torch.empty(batch, 4, *SIZE[:axes]), CASES[case]) for batch in (1, 2, 8)}
-    assert all(covers(way, case, batch) for batch in (1, 2, 8))
+    assert all(covered(way, case, batch) for batch in (1, 2, 8))
     assert chooser is choose_for_any_batch or way != "grouped"
 
 
@@ -141,3 +147,141 @@ def test_a_1x1_keeps_channels_last():
     x = torch.randn(3, 4, 7, 8).contiguous(memory_format=torch.channels_last)
     y = WAYS["matmul"](x, torch.ones(3, 1), torch.randn(1, 24), None, CASES["1x1"])
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@st.composite
+def situations(draw):
+    """A geometry of two axes and an input for it, in any layout."""
+    groups = draw(st.integers(1, 3))
+    channels = groups * draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        groups = channels
+    kernel, stride, dilation, padding = (
+        tuple(draw(st.integers(*ends)) for _ in range(2)) for ends in ((1, 3), (1, 3), (1, 2), (0, 2))
+    )
+    if draw(st.booleans()):
+        kernel, padding, groups = (1, 1), (0, 0), 1
+    geometry = Geometry(
+        (groups * draw(st.integers(1, 60)), channels // groups, *kernel), stride, padding, dilation, groups
+    )
+    size = (draw(st.integers(5, 9)), draw(st.integers(5, 9)))
+    return geometry, (draw(st.sampled_from((0, 1, 2, 9))), channels, *size)
+
+
+LAYOUTS = {
+    "nchw": lambda x: x,
+    "nhwc": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "gaps": lambda x: x.mT.repeat_interleave(2, dim=-1)[..., ::2].mT,
+}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(situations(), st.sampled_from(list(LAYOUTS)), st.booleans(), st.data())
+def test_every_way_gives_the_values_gradients_and_layout_of_the_reference(case, layout, bias, data):
+    geometry, shape = case
+    torch.manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    pi = torch.softmax(torch.randn(shape[0], 3, dtype=torch.float64), dim=1).requires_grad_()
+    bank = torch.randn(3, math.prod(geometry.weight_shape), dtype=torch.float64, requires_grad=True)
+    biases = torch.randn(3, geometry.out_channels, dtype=torch.float64, requires_grad=True) if bias else None
+    wanted = [t for t in (x, pi, bank, biases) if t is not None and data.draw(st.booleans())]
+
+    rows = [WAYS["single"](x[b : b + 1], pi[b : b + 1], bank, biases, geometry) for b in range(shape[0])]
+    reference = torch.cat(rows) if rows else WAYS["single"](x, pi, bank, biases, geometry)
+    direction = torch.randn_like(reference)
+    for way in WAYS:
+        if way == "one by one" or not covers(way, x, geometry):
+            continue
+        y = WAYS[way](x, pi, bank, biases, geometry)
+        torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
+        if layout == "nhwc" and way != "grouped" and shape[1] > 1:
+            assert y.is_contiguous(memory_format=torch.channels_last), way
+        with torch.no_grad():
+            torch.testing.assert_close(WAYS[way](x, pi, bank, biases, geometry), y, rtol=1e-12, atol=1e-12)
+        if wanted and shape[0]:
+            found, expected = (torch.autograd.grad(out, wanted, direction, retain_graph=True) for out in (y, reference))
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+WIDE = {
+    "each": (Geometry((20, 6, 3, 3), (1, 1), (1, 1), (1, 1), 1), (10, 6, 9, 9)),
+    "blocks": (Geometry((150, 6, 3, 3), (2, 1), (1, 1), (1, 1), 1), (10, 6, 7, 7)),
+    "columns": (Geometry((150, 6, 3, 3), (1, 1), (1, 1), (1, 2), 1), (10, 6, 7, 7)),
+    "products": (Geometry((300, 6, 1, 1), (2, 1), (0, 0), (1, 1), 1), (10, 6, 7, 7)),
+}
+
+
+def inputs(way, dtype=torch.float32):
+    geometry, shape = WIDE[way]
+    x, bank = torch.randn(shape), torch.randn(3, math.prod(geometry.weight_shape))
+    tensors = (x, torch.softmax(torch.randn(shape[0], 3), 1), bank, torch.randn(3, geometry.out_channels))
+    return [t.to(dtype).requires_grad_() for t in tensors], geometry
+
+
+@pytest.mark.parametrize("way", TILED)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_several_tiles_of_channels_and_samples_make_one_whole(way, layout):
+    tensors, geometry = inputs(way, torch.float64)
+    y, reference = (WAYS[name](LAYOUTS[layout](tensors[0]), *tensors[1:], geometry) for name in (way, "grouped"))
+    torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(out, tensors, direction) for out in (y, reference)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", TILED)
+def test_tiles_keep_no_mixed_kernels_for_the_backward_pass(way):
+    tensors, geometry = inputs(way)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        WAYS[way](*tensors, geometry)
+    given = {t.untyped_storage().data_ptr() for t in tensors}
+    assert set(kept) <= given
+
+
+@pytest.mark.parametrize("way", TILED)
+def test_tiles_under_autocast_compute_in_bfloat16_and_train_in_float32(way):
+    tensors, geometry = inputs(way)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = WAYS[way](*tensors, geometry)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), WAYS["grouped"](*tensors, geometry), rtol=5e-2, atol=5e-1)
+    y.float().square().mean().backward()
+    assert all(t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in tensors)
+
+
+@pytest.mark.parametrize("way", TILED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_activation_in_place_may_follow(way, layout):
+    tensors, geometry = inputs(way)
+    x, *rest = tensors
+    y, reference = (WAYS[name](LAYOUTS[layout](x), *rest, geometry) for name in (way, "grouped"))
+    found, expected = (torch.autograd.grad(t.square().sum(), x)[0] for t in (y.relu_(), reference.relu()))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("way", TILED)
+def test_tiles_can_be_differentiated_twice(way):
+    tensors, geometry = inputs(way, torch.float64)
+
+    def penalty(name):
+        y = WAYS[name](*tensors, geometry)
+        gradients = torch.autograd.grad(y.square().sum(), tensors[:2], create_graph=True)
+        return torch.autograd.grad(sum(g.square().mean() for g in gradients), tensors)
+
+    for found, expected in zip(penalty(way), penalty("grouped"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_under_a_transform_plain_operations_are_taken():
+    tensors, geometry = inputs("each")
+    x, *rest = (t.detach() for t in tensors)
+    assert choose(x, geometry) in TILED
+    _, tangent = torch.func.jvp(lambda x: convolve(x, *rest, geometry), (x,), (x,))
+    torch.testing.assert_close(tangent, convolve(x, *rest[:2], None, geometry), rtol=1e-4, atol=1e-4)
