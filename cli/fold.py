@@ -82,7 +82,8 @@ def fold(
         elif batches is not None:
             demotion = demote(model, batches, DEFAULT_TOLERANCE if tolerance is None else tolerance)
             if demotion.demoted:
-                steps.append(_step(f"{len(demotion.demoted)} layers static", demotion.model, example, batches))
+                count = len(demotion.demoted)
+                steps.append(_step(f"{count} layer{'s' * (count > 1)} static", demotion.model, example, batches))
         times = latency({step.name: step.model for step in steps}, example)
     console = tables.console(quiet or json_file == "-")
     tables.steps_table(console, name, steps, times)

@@ -42,6 +42,8 @@ def draw_curves(history: Sequence[Epoch], path: Path, title: str) -> None:
             named.add(phase)
             marker = "o" if len(points) == 1 else None
             axis.plot(*zip(*points, strict=True), color=COLOURS.get(phase), label=legend, marker=marker, linewidth=1.5)
+        if name == "tau":
+            axis.set_ylim(bottom=0)
         axis.set_title(label, fontsize=10, loc="left")
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
