@@ -32,7 +32,7 @@ def test_one_kernel_alone_has_entropy_0():
 def test_batches_together_say_what_their_images_say():
     images = torch.randn(20, 3, 8, 8)
     dynamic = model()
-    dysurgery.calibrate(dynamic, images)
+    dysurgery.calibrate(dynamic, images, std=0.5)
     (whole,), (parts,) = attention_statistics(dynamic, [images]), attention_statistics(dynamic, images.split(7))
     assert whole.spread == pytest.approx(parts.spread)
     assert whole.entropy == pytest.approx(parts.entropy)
