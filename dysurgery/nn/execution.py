@@ -12,9 +12,10 @@ way       what it does                                                    where 
 single    one ordinary convolution                                        one sample
 matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB
 products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that
-grouped   one convolution of B * groups groups, what everyone does        NCHW: small depthwise, 65..128 channels;
-                                                                          whatever no other way covers; a GPU
-stacked   the same with the samples side by side in channels_last         channels_last: small depthwise
+grouped   one convolution of B * groups groups, what everyone does        NCHW: small depthwise, dense with kernels of
+                                                                          the batch to 4 MiB; whatever no other way
+                                                                          covers; a GPU
+stacked   the same with the samples side by side in channels_last         channels_last: small depthwise and dense
 each      a convolution for each sample, kernels of 8 samples at a time   large depthwise, channels_last, dense
 blocks    the same for 128 output channels at a time                      wide dense layers on small maps, NCHW
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
@@ -24,8 +25,8 @@ columns   im2col and products, 64 output channels at a time               the sa
 ``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``each``, ``blocks`` and ``columns`` keep no
 mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU in eager mode; under torch.compile, torch.export
 and torch.func, and on a GPU, the others are taken, which are plain operations. The thresholds were measured on one core
-with AVX-512 in float32 at batch 8. Not here, as they never won: K convolutions with mixed outputs, mixed inputs,
-shifted sums, vmap.
+with AVX-512 in float32, at batch 8 and for the small dense ones at 64. Not here, as they never won: K convolutions with
+mixed outputs, mixed inputs, shifted sums, vmap.
 
 Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
 (K, Cout), y (B, Cout, *size).
@@ -272,7 +273,11 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
             return "columns" if wide else "single"
         if wide:
             return "columns" if last or train else "blocks"
-        return "grouped" if not last and 64 < x.shape[1] <= 128 and batch <= MAX_SAMPLES else "each"
+        if batch * weights * x.element_size() > 4 * MIB:
+            return "each"
+        if last:
+            return "stacked" if x.numel() <= 2**19 else "each"
+        return "grouped"
     if batch == 1:
         return "single"
     if not last:

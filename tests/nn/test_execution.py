@@ -280,8 +280,19 @@ def test_tiles_can_be_differentiated_twice(way):
 
 
 def test_under_a_transform_plain_operations_are_taken():
-    tensors, geometry = inputs("each")
-    x, *rest = (t.detach() for t in tensors)
+    torch.manual_seed(0)
+    geometry = Geometry((256, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    x, pi, bank = torch.randn(10, 64, 5, 5), torch.rand(10, 3), torch.randn(3, 256 * 64 * 9)
     assert choose(x, geometry) in TILED
-    _, tangent = torch.func.jvp(lambda x: convolve(x, *rest, geometry), (x,), (x,))
-    torch.testing.assert_close(tangent, convolve(x, *rest[:2], None, geometry), rtol=1e-4, atol=1e-4)
+    _, tangent = torch.func.jvp(lambda x: convolve(x, pi, bank, None, geometry), (x,), (x,))
+    torch.testing.assert_close(tangent, convolve(x, pi, bank, None, geometry), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "batch", "channels_last", "way"),
+    [(16, 64, False, "grouped"), (16, 8, True, "stacked"), (64, 64, False, "each"), (64, 64, True, "each")],
+)
+def test_small_dense_layers_run_as_one_convolution(channels, batch, channels_last, way):
+    x = torch.empty(batch, channels, 8, 8)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    assert choose(x, Geometry((channels, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1)) == way
