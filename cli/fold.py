@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import KeyValue, example_of, output_options, write_json
+from dysurgery.cli.options import KeyValue, example_of, output_options, recipe_of, write_json
 from torch import nn
 
 from dysurgery.checkpoint import check_target, open_model, read_config, save
@@ -18,12 +18,11 @@ from dysurgery.fuse import Fusion, fuse
 from dysurgery.latency import latency
 from dysurgery.models import BuiltModel, preprocessing_of
 from dysurgery.nn import DynamicLayer
-from dysurgery.train import Recipe, load_recipe, open_data
+from dysurgery.train import Recipe, open_data
 from dysurgery.train.data import val_loader
-from dysurgery.train.experiment import RUN, dynamic_folder, read_run
+from dysurgery.train.experiment import dynamic_folder
 from dysurgery.train.head import outputs_of
 from dysurgery.train.processes import join_processes
-from dysurgery.train.recipe import overridden, recipe_from
 
 
 @click.command()
@@ -189,11 +188,7 @@ def _find(spec: str, overrides: Mapping[str, Any]) -> tuple[Path, str, Recipe]:
     if not Path(spec).is_dir():
         raise UsageError(f"there is no folder {spec!r}: give one of dysurgery convert, or a run of dysurgery finetune")
     path, name = dynamic_folder(spec), Path(spec).resolve().name
-    if not (Path(spec) / RUN).exists():
-        return path, name, load_recipe("folder", overrides)
-    kept = read_run(spec)["run"]["recipe"]
-    label = kept.pop("name")
-    return path, name, recipe_from(overridden(kept, overrides, label), label)
+    return path, name, recipe_of(Path(spec), overrides)
 
 
 def _some(classes: Sequence[str]) -> str:

@@ -19,6 +19,9 @@ from dysurgery.nn.bank import DEFAULT_SPREAD
 from dysurgery.plan import Plan, plan
 from dysurgery.planfile import edited
 from dysurgery.select import KINDS, PRESETS
+from dysurgery.train import Recipe, load_recipe
+from dysurgery.train.experiment import RUN, read_run
+from dysurgery.train.recipe import overridden, recipe_from
 
 Command = Callable[..., Any]
 
@@ -110,6 +113,15 @@ def output_options(command: Command) -> Command:
         metavar="FILE|-",
         help="Write the figures as JSON; - is standard output, and nothing else.",
     )(command)
+
+
+def recipe_of(folder: Path | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Return how data are opened: as in the run in ``folder``, if there is one, unless it is said otherwise."""
+    if folder is None or not (folder / RUN).exists():
+        return load_recipe("folder", overrides)
+    kept = read_run(folder)["run"]["recipe"]
+    name = kept.pop("name")
+    return recipe_from(overridden(kept, overrides, name), name)
 
 
 def open_for_figures(spec: str, options: Mapping[str, Any]) -> BuiltModel:

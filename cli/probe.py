@@ -3,14 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import KeyValue, output_options, write_json
+from dysurgery.cli.options import KeyValue, output_options, recipe_of, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -19,10 +19,9 @@ from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.models import BuiltModel
 from dysurgery.probe import BATCH, LAYER_IMAGES, dynamic_layers, probe, unknown_layer
 from dysurgery.probe_pictures import check_folder, save_pictures
-from dysurgery.train import Recipe, load_recipe, open_images
+from dysurgery.train import open_images
 from dysurgery.train.experiment import RUN, read_run
 from dysurgery.train.processes import join_processes
-from dysurgery.train.recipe import recipe_from
 
 
 @click.command(name="probe")
@@ -67,7 +66,7 @@ def probe_command(
     one feature-map resolution, and in one layer alone. What is lost is what the attention does there.
     """
     found = _find(Path(folder))
-    recipe = _recipe(found.run, dict(overrides))
+    recipe = recipe_of(found.run, dict(overrides))
     if out is not None:
         check_folder(out)
     with tables.working(f"opening {folder}", quiet):
@@ -149,18 +148,6 @@ def _dynamic(built: BuiltModel, found: _Found) -> list[str]:
 
 def _some(names: Any, count: int = 3) -> str:
     return ", ".join(list(names)[:count]) + ", ..." * (len(names) > count)
-
-
-def _recipe(run: Path | None, overrides: Mapping[str, Any]) -> Recipe:
-    """Return how data are opened: as in the run, unless it is said otherwise."""
-    if run is None:
-        return load_recipe("folder", overrides)
-    kept = read_run(run)["run"]["recipe"]
-    recipe = {key: value for key, value in kept.items() if key != "name"}
-    for key, value in overrides.items():
-        section, _, entry = key.rpartition(".")
-        (recipe.setdefault(section, {}) if section else recipe)[entry] = value
-    return recipe_from(recipe, kept["name"])
 
 
 def _data_of(found: _Found) -> str:

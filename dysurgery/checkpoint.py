@@ -290,11 +290,9 @@ def load_into(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     weights = Path(folder) / WEIGHTS
     try:
-        with safetensors.safe_open(str(weights), framework="pt") as tensors:
-            dtypes = {name: tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
         tensors = safetensors.torch.load_file(str(weights))
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.data = tensor.data.to(tensors[name].dtype if name in tensors else tensor.dtype)
         model.load_state_dict(with_metadata(_complete(tensors, model), model))
     except FileNotFoundError as error:
         raise DysurgeryError(f"{folder} is incomplete: it has no {WEIGHTS}") from error

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from dysurgery.budget import Budget, best, limit
 from dysurgery.errors import UsageError
-from dysurgery.models import BuiltModel, preprocessing_of
+from dysurgery.models import BuiltModel, described
 from dysurgery.plan import Plan, PlannedSite
 from dysurgery.planfile import to_json
 from dysurgery.score import Labelled, by_gradients, by_shape
@@ -125,7 +125,7 @@ def choose(
     if data is None:
         found, by, count = {site.path: by_shape(site) for site in sites}, "shape", 0
     else:
-        built = model if isinstance(model, BuiltModel) else _built(model)
+        built = model if isinstance(model, BuiltModel) else described(model)
         pairs = _in_order(_opened(built, data, images, labels, batch_size, workers, recipe), images)
         count, by = len(pairs), "predictions" if any(number is None for _, number in pairs) else "labels"
         found = by_gradients(built.model, sites, _split(pairs, batch_size))
@@ -175,11 +175,6 @@ def _decided(planned: PlannedSite, scores: dict[str, float], paths: set[str]) ->
         return dataclasses.replace(planned, decision=Decision(site, True, CHOSEN))
     decision = Decision(site, False, LEFT if scores[site.path] else WORTHLESS)
     return PlannedSite(decision, (planned.params[0],) * 2, (planned.mult_adds[0],) * 2)
-
-
-def _built(model: nn.Module) -> BuiltModel:
-    size, preprocessing = preprocessing_of(model)
-    return BuiltModel(model, None, type(model).__name__, size, preprocessing)
 
 
 def _opened(

@@ -35,7 +35,7 @@ from dysurgery.example import (
 )
 from dysurgery.files import write_atomically
 from dysurgery.formats import FORMATS, Traced, failing, leaves
-from dysurgery.models import preprocessing_of
+from dysurgery.models import is_configured, preprocessing_of
 from dysurgery.nn import duplicate
 from dysurgery.nn.conv import DynamicConvNd
 from dysurgery.nn.execution import Chooser
@@ -327,8 +327,7 @@ def _metadata(
     images = first_batch(model, example)
     size = None if images is None or images.dim() != 4 else (images.shape[1], images.shape[2], images.shape[3])
     if preprocessing is None:
-        known = isinstance(getattr(model, "pretrained_cfg", getattr(model, "default_cfg", None)), Mapping)
-        preprocessing = preprocessing_of(model, size)[1] if known else {}
+        preprocessing = preprocessing_of(model, size)[1] if is_configured(model) else {}
     values = {
         **preprocessing,
         **({"input_size": size} if size else {}),

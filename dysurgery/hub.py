@@ -19,7 +19,7 @@ from torch import nn
 from dysurgery import checkpoint
 from dysurgery._version import __version__
 from dysurgery.errors import DysurgeryError, UsageError, sentence
-from dysurgery.models import preprocessing_of
+from dysurgery.models import is_configured, preprocessing_of
 from dysurgery.page import render
 from dysurgery.report import Report, gather, without_places
 from dysurgery.source import Source
@@ -71,12 +71,18 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / repo.rpartition("/")[2]
         if isinstance(model, nn.Module):
-            known = isinstance(getattr(model, "pretrained_cfg", getattr(model, "default_cfg", None)), Mapping)
-            if known:
+            if is_configured(model):
                 size, usual = preprocessing_of(model, input_size)
                 input_size, preprocessing = size, usual if preprocessing is None else preprocessing
             report = {"classes": list(classes)} if classes else {}
-            _save(model, folder, source, input_size, preprocessing or {}, report)
+            checkpoint.save(
+                model,
+                folder,
+                source=_published(source),
+                input_size=input_size,
+                preprocessing=preprocessing or {},
+                report=report,
+            )
             known_of = gather(folder)
         else:
             if source or input_size or preprocessing or classes:
@@ -103,7 +109,7 @@ def card(report: Report, repo: str, license: str | None = None) -> str:
         license=license,
         tags=["dynamic-convolution", *(["timm"] if source is not None and source.kind == "timm" else [])],
     )
-    own = source is None or source.kind == "file"
+    own = _published(source) is None
     text = render("card.md", escape=False, report=report, repo=repo, own=own)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
@@ -111,24 +117,13 @@ def card(report: Report, repo: str, license: str | None = None) -> str:
 def _copy(place: Path, folder: Path) -> None:
     """Save the network in ``place`` again, as it is to be published."""
     config = checkpoint.read_config(place)
-    source = config.source
-    if source is not None and source.kind == "file":
-        source = None
     folder.mkdir()
     (folder / checkpoint.WEIGHTS).symlink_to((place / checkpoint.WEIGHTS).resolve())
     leave = ("history", "out", "plan", "weights")
     report = {key: value for key, value in config.report.items() if key not in leave}
-    checkpoint.write_config(replace(config, source=source, report=report), folder)
+    checkpoint.write_config(replace(config, source=_published(config.source), report=report), folder)
 
 
-def _save(
-    model: nn.Module,
-    folder: Path,
-    source: Source | None,
-    input_size: tuple[int, int, int] | None,
-    preprocessing: Mapping[str, Any],
-    report: Mapping[str, Any],
-) -> None:
-    if source is not None and source.kind == "file":
-        source = None
-    checkpoint.save(model, folder, source=source, input_size=input_size, preprocessing=preprocessing, report=report)
+def _published(source: Source | None) -> Source | None:
+    """Return where a network comes from if others can have it too: a file of one's own they have not."""
+    return None if source is not None and source.kind == "file" else source

@@ -275,6 +275,17 @@ def _build_file(name: str, args: dict[str, Any], size: Size | None, pretrained: 
     return BuiltModel(model, Source("file", name, args), name.rpartition(":")[2], size, preprocessing), ""
 
 
+def is_configured(model: nn.Module) -> bool:
+    """Whether ``model`` itself says what goes into it, as timm's do."""
+    return isinstance(getattr(model, "pretrained_cfg", getattr(model, "default_cfg", None)), Mapping)
+
+
+def described(model: nn.Module, source: Source | None = None) -> BuiltModel:
+    """Return a network that somebody built with what it says of itself."""
+    size, preprocessing = preprocessing_of(model)
+    return BuiltModel(model, source, type(model).__name__, size, preprocessing)
+
+
 def preprocessing_of(model: nn.Module, size: Size | None = None) -> tuple[Size, dict[str, Any]]:
     """Return the input size and preprocessing that ``model`` itself names, completed as timm does.
 

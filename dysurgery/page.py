@@ -1,7 +1,6 @@
 """A report as one self-contained HTML page: no script, no network, every picture inside."""
 
 import base64
-import io
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dysurgery.drawing import new_figure, png
 from dysurgery.figures import change, count
 from dysurgery.files import write_text
 from dysurgery.report import Report, gather
@@ -59,10 +59,6 @@ def render(template: str, *, escape: bool, **values: Any) -> str:
 
 def tradeoff(report: Report) -> bytes:
     """Draw accuracy against Mult-Adds and against milliseconds: static, control and dynamic; return a PNG."""
-    # Imported here: it takes a second, and only this needs it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     assert report.result is not None
     result = report.result
     points = [
@@ -74,8 +70,7 @@ def tradeoff(report: Report) -> bytes:
         )
         if result["accuracy"][key] is not None and result["mult_adds"][form] is not None
     ]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     for axis, measure, label in zip(
         figure.subplots(1, 2, sharey=True), ("mult_adds", "latency_ms"), ("Mult-Adds", "milliseconds for one image"),
         strict=True,
@@ -92,6 +87,4 @@ def tradeoff(report: Report) -> bytes:
         axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         if measure == "mult_adds":
             axis.set_ylabel("validation accuracy, %")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)

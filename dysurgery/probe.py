@@ -24,7 +24,7 @@ from torch.utils.data import Subset
 
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.example import run, shadow
-from dysurgery.models import BuiltModel, preprocessing_of
+from dysurgery.models import BuiltModel, described
 from dysurgery.nn import DynamicLayer
 from dysurgery.train.attention import entropy_and_spread
 from dysurgery.train.data import Data, open_images, val_loader, worker_errors
@@ -269,8 +269,7 @@ def probe(
     if layer_images < 0 or batch_size < 2:
         raise UsageError(f"layer_images is at least 0 and batch_size 2, got {layer_images} and {batch_size}")
     if not isinstance(model, BuiltModel):
-        size, preprocessing = preprocessing_of(model)
-        model = BuiltModel(model, None, type(model).__name__, size, preprocessing)
+        model = described(model)
     dynamic_layers(model.model)  # before any data are opened
     if isinstance(data, str):
         data = open_images(data, recipe or Recipe(name="probe"))

@@ -1,6 +1,5 @@
 """What a probe found, as pictures: figures of matplotlib, to be shown in a notebook or written to a folder."""
 
-import io
 import itertools
 import json
 import os
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from dysurgery.drawing import new_figure, png
 from dysurgery.errors import DysurgeryError
 from dysurgery.files import write_atomically, write_text
 from dysurgery.probe import INTERVENTIONS, ProbeReport
@@ -24,7 +24,7 @@ READABLE = 60
 def attention_figure(report: ProbeReport) -> Any:
     """Draw the mean of pi over images and its standard deviation, layers x kernels."""
     width = max(layer.k for layer in report.layers)
-    figure = _figure(5 + 0.9 * width, _height(len(report.layers)))
+    figure = new_figure(5 + 0.9 * width, _height(len(report.layers)))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, name, title, colours in (
         (axes[0], "mean", "mean of pi over images", "Blues"),
@@ -46,7 +46,7 @@ def entropy_figure(report: ProbeReport) -> Any:
     """Draw the entropy of pi, its spread over images and classes and the distance of the kernels by depth."""
     layers = report.layers
     count = len(layers)
-    figure = _figure(min(max(6.0, 2 + 0.35 * count), 24), 8)
+    figure = new_figure(min(max(6.0, 2 + 0.35 * count), 24), 8)
     axes = figure.subplots(3, 1, sharex=True)
     depth = range(count)
     panels: tuple[tuple[Any, str, tuple[tuple[str, str, str], ...]], ...] = (
@@ -86,7 +86,7 @@ def interventions_figure(report: ProbeReport) -> Any:
     names = list(INTERVENTIONS)
     places = [(scope, name) for scope, name in report.places if scope != "all"]
     heights = [3.6, _height(len(places))][: 2 if places else 1]
-    figure = _figure(8, sum(heights))
+    figure = new_figure(8, sum(heights))
     bars, *rest = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     values = [learned, *(getattr(report.effect(name), measure) for name in names)]
     drawn = bars.bar(["learned", *map(_words, names)], values, color=["tab:orange", *["tab:gray"] * len(names)])
@@ -131,7 +131,7 @@ def images_figure(report: ProbeReport, layer: str | None = None) -> Any:
     pictures = pictures[..., :3] if pictures.shape[-1] >= 3 else pictures[..., 0]
     pi = report.pi[found.path][: len(pictures)]
     columns = min(COLUMNS, len(pictures))
-    figure = _figure(0.9 * columns + 1.2, 1.15 * found.k + 0.8)
+    figure = new_figure(0.9 * columns + 1.2, 1.15 * found.k + 0.8)
     grid = figure.subplots(found.k, columns, squeeze=False)
     for kernel in range(found.k):
         order = pi[:, kernel].argsort(descending=True, stable=True)[:columns]
@@ -200,7 +200,7 @@ def save_pictures(report: ProbeReport, folder: str | os.PathLike[str], layer: st
     figures = {name: draw(report) for name, draw in FIGURES.items()}
     if report.thumbnails is not None and len(report.thumbnails):
         figures[IMAGES] = images_figure(report, layer)
-    drawn = {name: _png(figure) for name, figure in figures.items()}
+    drawn = {name: png(figure) for name, figure in figures.items()}
     written = [write_text(target / REPORT, json.dumps(report.to_json(), indent=2) + "\n")]
     for name, content in drawn.items():
         written.append(write_atomically(target / name, partial(_put, content)))
@@ -211,22 +211,6 @@ def save_pictures(report: ProbeReport, folder: str | os.PathLike[str], layer: st
 
 def _put(content: bytes, file: IO[bytes]) -> None:
     file.write(content)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def _figure(width: float, height: float) -> Any:
-    # Imported here: it takes a second, and only this needs it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _height(rows: int) -> float:

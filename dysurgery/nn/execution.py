@@ -41,7 +41,7 @@ from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.nn import functional as F
 
-from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, tiled
+from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, product, tiled
 
 
 class Geometry(NamedTuple):
@@ -92,9 +92,9 @@ def matmul(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geomet
     if is_last(x):
         # Pixels are rows, so that nothing is copied.
         rows = x.movedim(1, -1).reshape(batch, positions, channels)
-        y = _product(rows, weight.transpose(1, 2), None if bias is None else bias.unsqueeze(1))
+        y = product(rows, weight.transpose(1, 2), None if bias is None else bias.unsqueeze(1))
         return y.view(batch, *size, geometry.out_channels).movedim(-1, 1)
-    y = _product(weight, x.reshape(batch, channels, positions), None if bias is None else bias.unsqueeze(2))
+    y = product(weight, x.reshape(batch, channels, positions), None if bias is None else bias.unsqueeze(2))
     return y.view(batch, geometry.out_channels, *size)
 
 
@@ -140,12 +140,8 @@ def stacked(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
 
 def products(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """As :func:`matmul`, in tiles."""
-    geometry = (
-        geometry._replace(stride=(1,) * len(geometry.stride))
-        if (strided := _strided(x, geometry)) is not x
-        else geometry
-    )
-    return tiled(strided, pi, bank, bias_bank, _tiling("product", 256, geometry))
+    dense = geometry._replace(stride=(1,) * len(geometry.stride))
+    return tiled(_strided(x, geometry), pi, bank, bias_bank, _tiling("product", 256, dense))
 
 
 def each(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -174,10 +170,6 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     order = (output_padding, groups, dilation) if transposed else (dilation, groups)
     y: Tensor = convolutions[x.dim() - 3](x, weight, bias, stride, padding, *order)
     return y
-
-
-def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.bmm(a, b) if bias is None else torch.baddbmm(bias, a, b)
 
 
 def _strided(x: Tensor, geometry: Geometry) -> Tensor:
@@ -260,26 +252,22 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     if batch <= 1 and (train or weights <= _WIDE):  # first, as at batch 1 every microsecond counts
         return "single"
     eager = x.device.type == "cpu" and _eager()
+    large = batch * weights * x.element_size() > 4 * MIB
     if covers("matmul", x, geometry) and batch > 1:
-        kept = batch * weights * x.element_size()
-        return "products" if eager and kept > 4 * MIB else "matmul"
+        return "products" if eager and large else "matmul"
     if not eager or not covers("each", x, geometry):
         return "single" if batch <= 1 else "grouped"
     last, elements = is_last(x), x[0].numel()
-    if geometry.groups == 1:
-        positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
-        wide = weights > _WIDE and positions <= _SMALL_MAP
-        if batch == 1:
-            return "columns" if wide else "single"
-        if wide:
-            return "columns" if last or train else "blocks"
-        if batch * weights * x.element_size() > 4 * MIB:
-            return "each"
-        if last:
-            return "stacked" if x.numel() <= 2**19 else "each"
-        return "grouped"
+    positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
+    wide = geometry.groups == 1 and weights > _WIDE and positions <= _SMALL_MAP
     if batch == 1:
-        return "single"
+        return "columns" if wide else "single"
+    if wide:
+        return "columns" if last or train else "blocks"
+    if geometry.groups == 1:
+        if large or (last and x.numel() > 2**19):
+            return "each"
+        return "stacked" if last else "grouped"
     if not last:
         return "each" if elements >= 250_000 else "grouped"
     if geometry.groups < x.shape[1]:
@@ -321,4 +309,4 @@ def linear(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None) -> Ten
     """Map x (B, N, Cin) to (B, N, Cout) with one mixed matrix (Cout, Cin) per sample; bank (K, Cout * Cin)."""
     weight = mix(pi, bank).view(x.shape[0], bank.shape[1] // x.shape[2], x.shape[2])
     bias = None if bias_bank is None else mix(pi, bias_bank).unsqueeze(1)
-    return _product(x, weight.transpose(1, 2), bias)
+    return product(x, weight.transpose(1, 2), bias)

@@ -270,9 +270,9 @@ class Product:
 
     def forward(self, rows: slice, weight: Tensor, bias: Tensor | None) -> None:
         if self.last:
-            _product(self.x, weight.mT, None if bias is None else bias.unsqueeze(1), self.y[:, :, rows])
+            product(self.x, weight.mT, None if bias is None else bias.unsqueeze(1), self.y[:, :, rows])
         else:
-            _product(weight, self.x, None if bias is None else bias.unsqueeze(2), self.y[:, rows])
+            product(weight, self.x, None if bias is None else bias.unsqueeze(2), self.y[:, rows])
 
     def input_gradient(self, rows: slice, weight: Tensor) -> None:
         pair = (self.y[:, :, rows], weight) if self.last else (weight.mT, self.y[:, rows])
@@ -301,7 +301,7 @@ class Columns:
     def forward(self, rows: slice, weight: Tensor, bias: Tensor | None) -> None:
         if is_last(self.y):
             out = self.y.movedim(1, -1).flatten(1, 2)[:, :, rows]
-            _product(self.x, weight.mT, None if bias is None else bias.unsqueeze(1), out)
+            product(self.x, weight.mT, None if bias is None else bias.unsqueeze(1), out)
             return
         # Row by row of positions it is faster, even with the copy of the result.
         found = torch.bmm(self.x, weight.mT).mT
@@ -323,11 +323,9 @@ class Columns:
         return self.y[:, rows].movedim(1, -1).flatten(1, 2).contiguous()
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.bmm(a, b, out=out)
-    else:
-        torch.baddbmm(bias, a, b, out=out)
+def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Return the batched matrix product with the bias added, written to ``out`` if that is given."""
+    return torch.bmm(a, b, out=out) if bias is None else torch.baddbmm(bias, a, b, out=out)
 
 
 ENGINES: dict[str, Any] = {"each": Each, "product": Product, "columns": Columns}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dysurgery.drawing import new_figure, png
 from dysurgery.files import write_atomically
 from dysurgery.train.loop import Epoch
 
@@ -16,15 +17,12 @@ def draw_curves(history: Sequence[Epoch], path: Path, title: str) -> None:
         DysurgeryError: if it cannot be written.
     """
     # Imported here: it takes a second, and only this needs it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     runs: dict[tuple[str, int], list[Epoch]] = {}
     for epoch in history:
         runs.setdefault((epoch.phase, epoch.seed), []).append(epoch)
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 6.5)
     axes = figure.subplots(2, 2, sharex=True)
     panels = (
         (axes[0][0], "loss", "training loss"),
@@ -55,4 +53,4 @@ def draw_curves(history: Sequence[Epoch], path: Path, title: str) -> None:
     for axis in axes[1]:
         axis.set_xlabel("epoch")
     figure.suptitle(title, x=0.01, ha="left")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomically(path, lambda file: file.write(png(figure)))

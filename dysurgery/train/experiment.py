@@ -35,7 +35,7 @@ from dysurgery.errors import DysurgeryError, UsageError
 from dysurgery.example import shadow
 from dysurgery.files import write_text
 from dysurgery.latency import latency
-from dysurgery.models import BuiltModel, build, preprocessing_of, rebuild
+from dysurgery.models import BuiltModel, build, described, rebuild
 from dysurgery.nn import DynamicLayer, FusedNorm
 from dysurgery.rewrite import convert
 from dysurgery.source import Source, describe
@@ -203,8 +203,7 @@ def _opened(model: nn.Module | BuiltModel | str, recipe: Recipe, seed: int) -> B
             return build(model, weights=weights, model_args=recipe.model_args, seed=seed)
         args = None if Path(model).is_dir() else recipe.model_args
         return checkpoint.open_model(model, model_args=args, seed=seed)
-    size, preprocessing = preprocessing_of(model)
-    return BuiltModel(model, describe(model), type(model).__name__, size, preprocessing)
+    return described(model, describe(model))
 
 
 @contextmanager

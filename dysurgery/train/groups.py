@@ -23,9 +23,6 @@ from dysurgery.nn import DynamicLayer
 # Optimizers of timm whose step is proportional to the gradient.
 _PROPORTIONAL = {"sgd", "momentum", "nesterov", "nesterovw", "sgdw", "sgdp"}
 
-# In the place of a layer's path: no path has a space.
-NOT_FOLLOWED = "not followed"
-
 
 def parameter_groups(
     model: nn.Module,
@@ -52,23 +49,23 @@ def parameter_groups(
         attention_weight_decay: factor on its weight decay.
 
     Returns:
-        The groups; one that :class:`BankRates` is to follow has its layer's path under ``layer``.
+        The groups; one that :class:`BankRates` is to follow has its layer's path under ``layer``, the others None.
     """
     proportional = opt.lower() in _PROPORTIONAL
-    factors: dict[int, tuple[float, float, str]] = {}
+    factors: dict[int, tuple[float, float, str | None]] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, DynamicLayer):
             scale = bank_lr if bank_lr is not None else float(layer.k) if proportional else 1.0
             for bank in (layer.bank, layer.bias_bank):
                 if bank is not None:
-                    followed = path if bank_lr is None and proportional else NOT_FOLLOWED
+                    followed = path if bank_lr is None and proportional else None
                     factors[id(bank)] = (scale, 1.0 / scale if scale else 0.0, followed)
             for parameter in layer.gate.parameters():
-                factors[id(parameter)] = (attention_lr, attention_weight_decay, NOT_FOLLOWED)
-    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
+                factors[id(parameter)] = (attention_lr, attention_weight_decay, None)
+    groups: dict[tuple[float, float, str | None], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate, decay, layer = factors.get(id(parameter), (1.0, 1.0, NOT_FOLLOWED))
+            rate, decay, layer = factors.get(id(parameter), (1.0, 1.0, None))
             decays = parameter.ndim > 1 and not name.endswith("bias_bank")
             groups.setdefault((rate, decay if decays else 0.0, layer), []).append(parameter)
     return [
@@ -93,7 +90,7 @@ class BankRates:
         total: Callable[..., list[float]] = lambda *values: [*values],
     ) -> None:
         self.optimizer, self.total = optimizer, total
-        followed = {group["layer"] for group in optimizer.param_groups} - {NOT_FOLLOWED}
+        followed = {group["layer"] for group in optimizer.param_groups} - {None}
         self.layers = {p: m for p, m in model.named_modules() if p in followed and isinstance(m, DynamicLayer)}
         self.seen: dict[str, list[Tensor]] = defaultdict(list)
         self.hooks = [layer.gate.register_forward_hook(self._watch(path)) for path, layer in self.layers.items()]

@@ -7,8 +7,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner
-from dysurgery.cli import main
 
 import dysurgery
 from dysurgery import checkpoint
@@ -16,11 +14,8 @@ from dysurgery.train import finetune, load_recipe
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, factory_file):
+def run(run, factory_file):
     """Run the command line in a folder that holds the saved network ``tiny-dy4``; return its result."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
     built = checkpoint.open_model(f"{factory_file}:tiny", input_size=(3, 16, 16))
     checkpoint.save(
         dysurgery.convert(built.model, torch.randn(1, 3, 16, 16)),
@@ -30,7 +25,7 @@ def run(tmp_path, monkeypatch, factory_file):
         preprocessing=built.preprocessing,
         report={"classes": ["ant", "bee", "cat", "dog", "eel"]},
     )
-    return lambda *args: CliRunner().invoke(main, [str(arg) for arg in args])
+    return run
 
 
 def test_a_saved_folder_becomes_an_onnx_file_with_everything_that_its_use_needs(run):

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from dysurgery.cli import main
 from tiny import write_pets
 from torch import nn
 
@@ -17,15 +15,6 @@ from dysurgery.nn import DynamicLayer
 QUICK = ("--set", "finetune.epochs=1", "--set", "temperature.warmup=0.5", "--set", "finetune.batch_size=8",
          "--set", "finetune.workers=0", "--set", "finetune.warmup_epochs=0")  # fmt: skip
 SERIAL = ("--set", "finetune.workers=0")
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run the command line in an empty folder; return its result."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return lambda *args: CliRunner().invoke(main, [str(arg) for arg in args])
 
 
 @pytest.fixture

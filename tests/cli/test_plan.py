@@ -2,24 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from dysurgery.cli import main
 from tiny import write_pets
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, factory_file):
+def run(run, factory_file):
     """Run a command on the tiny network; return its result."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    write_pets(folder / "pets")
-
-    def command(name, *args):
-        model = (f"{factory_file}:tiny", "--input-size", 3, 16, 16)
-        return CliRunner().invoke(main, [str(arg) for arg in (name, *model, *args)])
-
-    return command
+    write_pets(Path("pets"))
+    return lambda name, *args: run(name, f"{factory_file}:tiny", "--input-size", 3, 16, 16, *args)
 
 
 def test_a_budget_is_kept_and_the_table_says_by_what(run):
