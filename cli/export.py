@@ -6,11 +6,10 @@ from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import example_of, model_options, output_options, write_json
+from dysurgery.cli.options import example_of, model_options, numbers, output_options, write_json
 
 from dysurgery.checkpoint import open_model, read_config, saved_folder
 from dysurgery.deployed import timings
-from dysurgery.errors import UsageError
 from dysurgery.export import BATCHES, FORMATS, check_target
 from dysurgery.export import export as write_file
 from dysurgery.train.experiment import RUN, dynamic_folder
@@ -56,7 +55,7 @@ def export(
     timm name, torchvision:NAME or FILE.py:FACTORY.
     """
     console = tables.console(quiet or json_file == "-")
-    batches = _numbers(batch)
+    batches = numbers(batch, "--batch")
     place, name = model, None
     if (Path(model) / RUN).is_file():
         place, name = str(dynamic_folder(model)), Path(model).resolve().name
@@ -98,11 +97,3 @@ def export(
         },
         json_file,
     )
-
-
-def _numbers(text: str) -> list[int]:
-    """Return the numbers in ``1,2,5``."""
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--batch is numbers separated by commas, such as 1,2,5, got {text!r}") from None

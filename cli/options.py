@@ -115,6 +115,14 @@ def output_options(command: Command) -> Command:
     )(command)
 
 
+def numbers(text: str, option: str) -> list[int]:
+    """Return the numbers in ``1,2,5``, which ``option`` was given."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is numbers separated by commas, such as 1,2,5, got {text!r}") from None
+
+
 def recipe_of(folder: Path | None, overrides: Mapping[str, Any]) -> Recipe:
     """Return how data are opened: as in the run in ``folder``, if there is one, unless it is said otherwise."""
     if folder is None or not (folder / RUN).exists():
@@ -145,12 +153,17 @@ def make_plan(built: BuiltModel, options: Mapping[str, Any], plan_file: str | No
         names = ("k", "reduction", "gate", "layers", "include", "exclude", "linear", "fold", "start", "spread", "seed")
         kinds = [kind.strip() for kind in options["kinds"].split(",")]
         return plan(built.model, example, kinds=kinds, **{name: options[name] for name in names})
+    if given := shaping_options():
+        raise UsageError(f"--plan says it all: drop {given}, or edit the plan")
+    return edited(built.model, example, read_json(plan_file))
+
+
+def shaping_options() -> str:
+    """Return the options that shape a plan and were given, separated by commas."""
     context = click.get_current_context()
     shaping = ("k", "reduction", "gate", "layers", "include", "exclude", "kinds", "linear", "fold", "start", "spread")
     given = [name for name in shaping if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    if given:
-        raise UsageError(f"--plan says it all: drop {', '.join(f'--{name}' for name in given)}, or edit the plan")
-    return edited(built.model, example, read_json(plan_file))
+    return ", ".join(f"--{name}" for name in given)
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -1,11 +1,60 @@
 """How long networks take on this machine: measured in turns, so that whatever else it does hits all of them alike."""
 
+import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Name = TypeVar("Name")
+
+ROUNDS = 5
+"""At least so many, however long they take."""
+
+
+def in_turns(
+    steps: Mapping[Name, Callable[[], object]], device: torch.device, *, seconds: float = 2.0
+) -> dict[Name, list[float]]:
+    """Return the times in milliseconds that each step took, a round of all of them after the other.
+
+    A round that is not counted comes first. The garbage collector rests meanwhile, and a GPU is waited for.
+
+    Args:
+        steps: a name for each.
+        device: where they run.
+        seconds: to spend on all of them together, at least :data:`ROUNDS` rounds.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    with no_collection():
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds or min(map(len, times.values())) < ROUNDS:
+            for name, step in steps.items():
+                wait(device)
+                start = time.perf_counter()
+                step()
+                wait(device)
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Collect garbage now, and none during the block."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def latency(models: Mapping[str, nn.Module], images: Tensor, *, seconds: float = 2.0) -> dict[str, float]:
@@ -17,26 +66,17 @@ def latency(models: Mapping[str, nn.Module], images: Tensor, *, seconds: float =
         seconds: to spend on all of them together, at least five rounds.
     """
     modes = {module: module.training for model in models.values() for module in model.modules()}
-    times: dict[str, list[float]] = {name: [] for name in models}
     try:
         with torch.no_grad():
-            for model in models.values():
-                model.eval()
-                model(images)
-            began = time.perf_counter()
-            while time.perf_counter() - began < seconds or min(map(len, times.values())) < 5:
-                for name, model in models.items():
-                    _wait(images)
-                    start = time.perf_counter()
-                    model(images)
-                    _wait(images)
-                    times[name].append(1000 * (time.perf_counter() - start))
+            steps = {name: partial(model.eval(), images) for name, model in models.items()}
+            times = in_turns(steps, images.device, seconds=seconds)
     finally:
         for module, mode in modes.items():
             module.training = mode
     return {name: median(found) for name, found in times.items()}
 
 
-def _wait(images: Tensor) -> None:
-    if images.device.type == "cuda":
-        torch.cuda.synchronize(images.device)
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
