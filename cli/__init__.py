@@ -6,6 +6,7 @@ An error of the library becomes one sentence on standard error and an exit code:
 from typing import Any
 
 import click
+from dysurgery.cli.bench import bench_command
 from dysurgery.cli.convert import convert
 from dysurgery.cli.cost import cost
 from dysurgery.cli.export import export
@@ -39,5 +40,16 @@ def main() -> None:
     """Turn a pretrained CNN into a dynamic-convolution network that computes exactly what it did."""
 
 
-for command in (convert, plan, cost, finetune_command, probe_command, fold, export, report_command, recipes):
+for command in (
+    convert,
+    plan,
+    cost,
+    finetune_command,
+    probe_command,
+    fold,
+    export,
+    bench_command,
+    report_command,
+    recipes,
+):
     main.add_command(command)

@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import KeyValue, model_options, output_options, read_json, write_json
+from dysurgery.cli.options import KeyValue, model_options, output_options, write_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dysurgery.checkpoint import open_model
 from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.files import read_json
 from dysurgery.models import BuiltModel
 from dysurgery.nn import DynamicLayer
 from dysurgery.planfile import surgery

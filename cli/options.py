@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dysurgery.checkpoint import open_model, saved_folder
 from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.files import read_json
 from dysurgery.models import BuiltModel
 from dysurgery.nn import GATES, STARTS
 from dysurgery.nn.bank import DEFAULT_SPREAD
@@ -164,21 +165,6 @@ def shaping_options() -> str:
     shaping = ("k", "reduction", "gate", "layers", "include", "exclude", "kinds", "linear", "fold", "start", "spread")
     given = [name for name in shaping if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     return ", ".join(f"--{name}" for name in given)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        DysurgeryError: if there is none.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DysurgeryError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no JSON object")
-    return data
 
 
 def write_json(data: Mapping[str, Any], target: str | None) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from dysurgery.bench import FORMS, Bench, LayerTime
 from dysurgery.choose import Choice
 from dysurgery.cost import CostReport, MultAdds
 from dysurgery.demote import Demotion
@@ -182,6 +183,58 @@ def timings_table(out: Console, timings: Sequence[Timing]) -> None:
         table.add_row(network, runtime, *(f"{times[count]:.2f} ms" for count in counts))
     out.print(table)
     out.print("latency: median on this machine, all in turns; static: every layer frozen to its mean kernel")
+
+
+def bench_tables(out: Console, name: str, found: Bench) -> None:
+    """Print a line for each measurement, the slowest layers, and what the figures refer to."""
+    plain = not out.is_terminal
+    table = _table(
+        "mode", "images", "layout", *FORMS, "dynamic / static", "grouped / static", "peak MB",
+        text=("mode", "layout"), plain=plain, title=name,
+    )  # fmt: skip
+    for row in found.rows:
+        measured = (row.static, row.dynamic, row.grouped)
+        table.add_row(
+            row.mode,
+            str(row.batch),
+            " ".join(each.layout for each in measured) if row.layout == "best" else row.layout,
+            *(f"{each.ms:.2f} ms ± {(each.quartiles[1] - each.quartiles[0]) / 2:.2f}" for each in measured),
+            f"{row.ratio:.2f}",
+            f"{row.ratio_grouped:.2f}",
+            " ".join(f"{each.mb:.1f}" for each in measured),
+        )
+    out.print(table)
+    static, dynamic = found.mult_adds
+    machine = found.machine
+    threads = f", {machine['threads']} thread{'s' * (machine['threads'] > 1)}" if machine["device"] == "cpu" else ""
+    compiled = ", compiled" if machine["compile"] else ""
+    size = "x".join(map(str, found.input_size))
+    out.print(
+        f"Mult-Adds: {count(static)} > {count(dynamic)}, {dynamic / max(static, 1):.2f} times; input {size}, "
+        f"{machine['dtype']}{compiled}, torch {machine['torch']} on {machine['name']}{threads}",
+        soft_wrap=True,
+    )
+    out.print(
+        "medians, all in turns; ±: half the interquartile range; layout and peak MB: of static, dynamic and grouped; "
+        "grouped: one convolution with a group for every image, as others do",
+        soft_wrap=True,
+    )
+    for mode in dict.fromkeys(layer.mode for layer in found.layers):
+        _layer_times_table(out, [layer for layer in found.layers if layer.mode == mode], plain)
+    for note in found.notes:
+        out.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
+
+
+def _layer_times_table(out: Console, layers: Sequence[LayerTime], plain: bool) -> None:
+    mode, batch = layers[0].mode, layers[0].batch
+    title = f"slowest dynamic layers, each alone, {mode}, {batch} image{'s' * (batch > 1)}"
+    table = _table("layer", "way", "layout", *FORMS, "more", text=("layer", "way", "layout"), plain=plain, title=title)
+    for layer in layers:
+        grouped = "" if layer.grouped_ms is None else f"{layer.grouped_ms:.3f} ms"
+        more = f"{layer.dynamic_ms - layer.static_ms:+.3f} ms"
+        times = (f"{layer.static_ms:.3f} ms", f"{layer.dynamic_ms:.3f} ms", grouped)
+        table.add_row(layer.path or "(the model)", layer.way, layer.layout, *times, more)
+    out.print(table)
 
 
 def outcome_table(out: Console, name: str, outcome: Outcome) -> None:

@@ -1,13 +1,14 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, then renamed."""
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from dysurgery.errors import DysurgeryError
+from dysurgery.errors import DysurgeryError, UsageError
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> Path:
@@ -39,6 +40,24 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write ``text`` in UTF-8, see :func:`write_atomically`."""
     return write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: str | os.PathLike[str], *keys: str) -> dict[str, Any]:
+    """Read a JSON object that has ``keys``.
+
+    Raises:
+        UsageError: if it is another object, or none.
+        DysurgeryError: if it cannot be read.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DysurgeryError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds no JSON object")
+    if missing := [key for key in keys if key not in found]:
+        raise UsageError(f"{path} has no {missing[0]!r}: another command wrote it")
+    return found
 
 
 def sync(*paths: Path) -> None:

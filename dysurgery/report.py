@@ -19,6 +19,7 @@ from torch import nn
 from dysurgery.checkpoint import CONFIG, load, read_config
 from dysurgery.cost import CostReport, MultAdds, cost
 from dysurgery.errors import DysurgeryError
+from dysurgery.files import read_json
 from dysurgery.nn import DynamicLayer
 from dysurgery.nn.bank import DEFAULT_SPREAD
 from dysurgery.probe_pictures import FIGURES, IMAGES
@@ -56,6 +57,7 @@ class Report:
         probe: ``probe.json`` of a probe.
         pictures: file name -> PNG: curves of the run, pictures of the probe.
         exports: what ``dysurgery export --json`` wrote.
+        bench: what ``dysurgery bench --json`` wrote.
         notes: what a reader should know.
     """
 
@@ -70,6 +72,7 @@ class Report:
     probe: Mapping[str, Any] | None
     pictures: Mapping[str, bytes]
     exports: tuple[Mapping[str, Any], ...]
+    bench: Mapping[str, Any] | None
     notes: tuple[str, ...]
 
 
@@ -78,6 +81,7 @@ def gather(
     *,
     probe: str | os.PathLike[str] | None = None,
     exports: Sequence[str | os.PathLike[str]] = (),
+    bench: str | os.PathLike[str] | None = None,
     model: nn.Module | None = None,
 ) -> Report:
     """Gather what is known about ``folder``.
@@ -86,6 +90,7 @@ def gather(
         folder: a saved network, or a finished run of finetune (of several seeds the layers of the first are shown).
         probe: a folder of ``dysurgery probe --out``; None looks for one inside ``folder``.
         exports: files of ``dysurgery export --json``.
+        bench: a file of ``dysurgery bench --json``.
         model: the static network, for a folder that does not know its source.
 
     Raises:
@@ -99,7 +104,7 @@ def gather(
         run, seeds = known, known["run"]["seeds"]
         if not (place / RESULT).is_file():
             raise DysurgeryError(f"the run in {folder} is not finished: go on with finetune --out {folder} --resume")
-        result = _read(place / RESULT)
+        result = read_json(place / RESULT)
         network = dynamic_folder(place / f"seed-{seeds[0]}" if len(seeds) > 1 else place)
         notes += result["notes"]
         if (place / CURVES).is_file():
@@ -119,7 +124,7 @@ def gather(
         notes.append(f"the cost of each layer is missing, as the network cannot be built here: {error}")
     inside = sorted(p.parent for p in place.glob(f"*/{PROBE}"))
     looked = Path(probe) if probe is not None else inside[0] if inside else None
-    found = None if looked is None else _read(looked / PROBE)
+    found = None if looked is None else read_json(looked / PROBE)
     for name in (*FIGURES, IMAGES):
         if looked is not None and (looked / name).is_file():
             pictures[name] = (looked / name).read_bytes()
@@ -134,19 +139,10 @@ def gather(
         command=_command(run, config),
         probe=found,
         pictures=pictures,
-        exports=tuple(_read(Path(each)) for each in exports),
+        exports=tuple(read_json(each, "latency") for each in exports),
+        bench=None if bench is None else read_json(bench, "rows", "machine", "layers"),
         notes=tuple(notes),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DysurgeryError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise DysurgeryError(f"{path} holds no JSON object")
-    return found
 
 
 def _layers(model: nn.Module, report: CostReport) -> tuple[LayerCost, ...]:
