@@ -10,20 +10,22 @@ from typing import Any
 
 from dysurgery.bench import FORMS
 from dysurgery.drawing import new_figure, png
+from dysurgery.figures import count
 
 _COLOURS = {"static": "tab:gray", "control": "tab:blue", "dynamic": "tab:orange", "grouped": "tab:red"}
-_MARKERS = {"torch": "o", "torch, grouped": "X", "onnxruntime": "s", "torch.export": "^"}
+_MARKERS = {"torch": "o", "torch, grouped": "x", "onnxruntime": "s", "torch.export": "^"}
 
 
 def bars(figures: Mapping[str, Any]) -> bytes:
-    """Draw the milliseconds of static, dynamic and grouped for each mode, batch and layout; return a PNG.
+    """Draw the milliseconds of static, dynamic and grouped for each mode and batch; return a PNG.
 
     Each panel has a scale of its own; the whiskers are the quartiles, the figures above the time relative to static.
+    Where each network has a best layout, the others are left to the table.
 
     Args:
         figures: of :meth:`dysurgery.bench.Bench.to_json`.
     """
-    rows = figures["rows"]
+    rows = [row for row in figures["rows"] if row["layout"] == "best"] or figures["rows"]
     batches = sorted({row["batch"] for row in rows})
     kinds = list(dict.fromkeys((row["mode"], row["layout"]) for row in rows))
     figure = new_figure(max(5.0, 1 + 2.4 * len(batches)), 0.8 + 2.7 * len(kinds))
@@ -78,8 +80,9 @@ def tradeoff(
     figure = new_figure(10, 4.2)
     axes = figure.subplots(1, 2, sharey=True)
     for point in points:
-        colour, marker = _COLOURS[point.network], _MARKERS[point.runtime]
-        look = {"fmt": marker, "color": colour, "capsize": 3, "markersize": 7, "markeredgecolor": "white"}
+        # Red, as it often lies on what it is compared with.
+        colour = _COLOURS["grouped" if point.runtime.endswith("grouped") else point.network]
+        look = {"fmt": _MARKERS[point.runtime], "color": colour, "capsize": 3, "markersize": 7}
         # In the left panel the runtimes would lie on top of each other.
         if point.mult_adds is not None and point.runtime == "torch":
             axes[0].errorbar(point.mult_adds, point.accuracy, yerr=point.spread, **look)
@@ -90,7 +93,7 @@ def tradeoff(
         axis.set_xlabel(label)
         axis.margins(0.15)
         axis.grid(alpha=0.3)
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+    axes[0].xaxis.set_major_formatter(lambda value, place: count(value))
     # A legend beside the panels, as labels at points that lie near each other would cover them.
     kinds = [*_legend("network", dict.fromkeys(point.network for point in points))]
     runtimes = dict.fromkeys(point.runtime for point in points if point.ms is not None)
@@ -105,7 +108,8 @@ def _legend(what: str, names: Iterable[str]) -> Iterator[Any]:
         if what == "network":
             yield Line2D([], [], linestyle="", marker="o", color=_COLOURS[name], label=name)
         else:
-            yield Line2D([], [], linestyle="", marker=_MARKERS[name], color="black", fillstyle="none", label=name)
+            colour = _COLOURS["grouped"] if name.endswith("grouped") else "black"
+            yield Line2D([], [], linestyle="", marker=_MARKERS[name], color=colour, fillstyle="none", label=name)
 
 
 def _points(
