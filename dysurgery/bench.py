@@ -222,7 +222,8 @@ def bench(
                 pair = {"static": static, "dynamic": model}
                 networks = _networks(pair, mode, layouts, setting, example, notes)
                 for batch in sorted(set(batches)):
-                    found = _measure(networks, mode, _images(batch, input_size, setting), setting)
+                    with no_collection():
+                        found = _measure(networks, mode, _images(batch, input_size, setting), setting)
                     best = {form: min((found[form, each] for each in layouts), key=lambda m: m.ms) for form in FORMS}
                     if len(layouts) > 1:
                         rows.append(Row(mode, batch, "best", **best))
@@ -231,7 +232,8 @@ def bench(
                 if layers and not compile:
                     layout = best["dynamic"].layout
                     images = _images(batch, input_size, setting).contiguous(memory_format=LAYOUTS[layout])
-                    times += _layer_times(networks["dynamic", layout], mode, images, setting)[:SLOWEST]
+                    with no_collection():
+                        times += _layer_times(networks["dynamic", layout], mode, images, setting)[:SLOWEST]
                 del networks
         finally:
             torch.set_num_threads(before)
@@ -389,7 +391,7 @@ def _held(network: nn.Module) -> int:
 
 
 def _peak(step: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes that ``step`` has allocated at once."""
+    """Return the most bytes that ``step`` has allocated at once; garbage of before must not be collected meanwhile."""
     if device.type == "cuda":
         wait(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -397,9 +399,7 @@ def _peak(step: Callable[[], object], device: torch.device) -> int:
         step()
         wait(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # Garbage with tensors of before, freed now, would be counted as freed by the step.
-    activities = [ProfilerActivity.CPU]
-    with no_collection(), _silent_profiler(), profile(activities=activities, profile_memory=True) as recorded:
+    with _silent_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     assert recorded.profiler is not None
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

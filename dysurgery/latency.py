@@ -50,9 +50,10 @@ def in_turns(
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Collect garbage now, and none during the block."""
+    """Collect garbage now, which may take as long as a network, and none during the block; blocks may be nested."""
     collecting = gc.isenabled()
-    gc.collect()
+    if collecting:
+        gc.collect()
     gc.disable()
     try:
         yield
