@@ -38,12 +38,13 @@ from dysurgery.train.processes import join_processes
 )
 @click.option("--train", is_flag=True, help="Training steps, too: forward, backward, gradients cleared.")
 @click.option(
-    "--layout", default=",".join(LAYOUTS), show_default=True, help="Memory layouts from which each takes its best."
-)
+    "--layout", default=",".join(LAYOUTS), show_default=True, metavar="LAYOUTS",
+    help="Memory layouts from which each takes its best.",
+)  # fmt: skip
 @click.option("--same-layout", is_flag=True, help="Also a line for each layout with all in it.")
 @click.option("--compile", is_flag=True, help="torch.compile all of them; then no layer is measured alone.")
 @click.option("--no-layers", is_flag=True, help="Do not measure the dynamic layers one by one.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Convert to it.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Convert all of them to it; by default as they are.")
 @click.option("--device", help="cpu or cuda; by default a GPU if there is one.")
 @click.option("--threads", type=int, metavar="N", help="Of torch on a CPU; by default as many as it takes.")
 @click.option("--seconds", default=3.0, show_default=True, metavar="S", help="For each mode and number of images.")
@@ -62,7 +63,7 @@ def bench_command(
     same_layout: bool,
     compile: bool,
     no_layers: bool,
-    dtype: str,
+    dtype: str | None,
     device: str | None,
     threads: int | None,
     seconds: float,
@@ -100,7 +101,7 @@ def bench_command(
             layers=not no_layers,
             compile=compile,
             device=place,
-            dtype=DTYPES[dtype],
+            dtype=None if dtype is None else DTYPES[dtype],
             threads=threads,
             seconds=seconds,
         )

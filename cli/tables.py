@@ -201,7 +201,7 @@ def bench_tables(out: Console, name: str, found: Bench) -> None:
             *(f"{each.ms:.2f} ms ± {(each.quartiles[1] - each.quartiles[0]) / 2:.2f}" for each in measured),
             f"{row.ratio:.2f}",
             f"{row.ratio_grouped:.2f}",
-            " ".join(f"{each.mb:.1f}" for each in measured),
+            " ".join(f"{each.mb:.3g}" for each in measured),
         )
     out.print(table)
     static, dynamic = found.mult_adds

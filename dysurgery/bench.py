@@ -193,7 +193,7 @@ def bench(
             for a layer alone is not what runs in the network.
         compile: ``torch.compile`` all of them, anew for each batch.
         device: where; None is where ``model`` is.
-        dtype: in which the networks and images are converted, batch statistics and all; None is that of ``model``.
+        dtype: to which networks and images are converted, batch statistics and all; None is that of ``model``.
         threads: that torch computes with on a CPU; None is as many as it has.
         seconds: to spend on each mode and batch, and as long on the layers of a mode; at least five rounds.
 
@@ -205,6 +205,8 @@ def bench(
     layouts = tuple(dict.fromkeys(layouts))
     if not any(isinstance(module, DynamicLayer) for module in model.modules()):
         raise UsageError("the model has no dynamic layer to measure: convert it first (dysurgery.convert)")
+    if train and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("there is nothing to train: no parameter of the model requires a gradient")
     like = next(itertools.chain(model.parameters(), model.buffers()))
     setting = _Setting(torch.device(device or like.device), dtype or like.dtype, compile, seconds)
     example = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
@@ -344,7 +346,7 @@ def _step(mode: str, network: nn.Module, run: Callable[[Tensor], Any], inputs: S
     def train() -> None:
         with torch.enable_grad():
             for x in inputs:
-                found = [y for y in tensors(run(x)) if y.is_floating_point()]
+                found = [y for y in tensors(run(x)) if y.requires_grad]
                 # As the gradient of the sum of the outputs, but whole tensors, as layers get them in a network.
                 torch.autograd.backward(found, [torch.ones_like(y) for y in found])
                 x.grad = None

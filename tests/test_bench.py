@@ -184,6 +184,11 @@ def test_a_static_network_is_refused(net):
         run_bench(net, SIZE)
 
 
+def test_a_frozen_network_is_not_trained(dynamic):
+    with pytest.raises(dysurgery.UsageError, match="nothing to train"):
+        run_bench(copy.deepcopy(dynamic).requires_grad_(False), SIZE, train=True)
+
+
 def test_what_cannot_be_folded_is_noted():
     class Twice(Net):
         def forward(self, x):
