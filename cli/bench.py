@@ -85,7 +85,7 @@ def bench_command(
     result = _result(model) if tradeoff_file is not None else None
     if exports and tradeoff_file is None:
         raise UsageError("--export goes into the picture of --tradeoff: say where to write it")
-    exported = [read_json(each, "latency") for each in exports]
+    exported = [_exported(each, min(batches)) for each in exports]
     with tables.working(f"building {model}", quiet):
         place = join_processes(device).device
         built, static, dynamic = _networks(model, options)
@@ -147,3 +147,17 @@ def _result(model: str) -> dict[str, Any]:
         if (place / RUN).is_file() and (place / RESULT).is_file():
             return read_json(place / RESULT)
     raise UsageError(f"--tradeoff draws the accuracies of a finished run of dysurgery finetune, which {model} is not")
+
+
+def _exported(file: str, images: int) -> dict[str, Any]:
+    """Return what ``dysurgery export --latency --json`` wrote, if it has a time for so many images."""
+    found = read_json(file, "latency")
+    measured = sorted({timing["images"] for timing in found["latency"]})
+    if not measured:
+        raise UsageError(f"{file} holds no latency: write it with dysurgery export --latency --json")
+    if images not in measured:
+        raise UsageError(
+            f"{file} holds latencies for {' and '.join(map(str, measured))} images, and --tradeoff draws those for the "
+            f"smallest --batch, {images}: measure --batch {measured[0]} too, as the smallest"
+        )
+    return found

@@ -184,6 +184,13 @@ def test_a_static_network_is_refused(net):
         run_bench(net, SIZE)
 
 
+def test_a_chooser_of_a_layer_of_its_own_is_what_is_measured(dynamic):
+    network = copy.deepcopy(dynamic)
+    network.depthwise.chooser = lambda x, geometry, train: "each"
+    found = run_bench(network, SIZE, batches=(2,), seconds=0.01)
+    assert {layer.path: layer.way for layer in found.layers}["depthwise"] == "each"
+
+
 def test_a_frozen_network_is_not_trained(dynamic):
     with pytest.raises(dysurgery.UsageError, match="nothing to train"):
         run_bench(copy.deepcopy(dynamic).requires_grad_(False), SIZE, train=True)

@@ -67,6 +67,9 @@ def test_a_run_is_drawn_as_accuracy_against_cost_and_the_report_shows_the_bench(
     )  # fmt: skip
     assert (result.exit_code, result.output) == (0, "")
     assert Path("tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    refused = run("bench", "run", *QUICK, "--batch", "1,2", "--tradeoff", "a.png", "--export", "export.json")
+    assert refused.exit_code == 2
+    assert "holds latencies for 2 images" in refused.output
     figures = json.loads(Path("bench.json").read_text())
     assert (figures["model"], figures["input_size"]) == ("run", [1, 8, 8])
     result = run("report", "run", "--html", "a.html", "--bench", "bench.json", "--export", "export.json")
