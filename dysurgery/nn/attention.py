@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dysurgery.errors import UsageError, did_you_mean
+from dysurgery.nn.rows import linear
 
 # Below four hidden units K = 4 logits cannot vary independently; the paper's networks never go there.
 MIN_HIDDEN = 4
@@ -50,7 +51,7 @@ class Gate(nn.Module):
 
     def forward(self, descriptor: Tensor) -> Tensor:
         """Map the pooled input (B, C) to pi (B, K), in float32 or wider."""
-        z = self.fc2(F.relu(self.fc1(descriptor)))
+        z = linear(F.relu(linear(descriptor, self.fc1)), self.fc2)
         dtype = torch.promote_types(z.dtype, torch.float32)
         return self.weights(z.to(dtype), self.tau.to(dtype))
 

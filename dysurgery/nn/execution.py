@@ -32,6 +32,7 @@ Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, we
 (K, Cout), y (B, Cout, *size).
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.nn import functional as F
 
-from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, product, tiled
+from dysurgery.nn.rows import product as row_product
+from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, output_size, product, tiled
 
 
 class Geometry(NamedTuple):
@@ -69,7 +71,7 @@ Chooser = Callable[[Tensor, Geometry, bool], str]
 
 def mix(pi: Tensor, bank: Tensor) -> Tensor:
     """Aggregate: weights pi (B, K) and bank (K, N) to one mixed row per sample (B, N)."""
-    return pi.to(bank.dtype) @ bank
+    return row_product(pi.to(bank.dtype), bank)
 
 
 def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -138,6 +140,35 @@ def stacked(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
     return apart.movedim(-2, 0).contiguous().movedim(-1, 1)
 
 
+def shifted(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """A sum over the kernel's positions of shifted inputs times one weight per channel, for depthwise kernels.
+
+    Under torch.compile it is one loop over channels_last data, into which a following activation goes as well; in eager
+    mode it would be as many passes over memory as the kernel has positions.
+    """
+    padding, taps = _padding(geometry), math.prod(geometry.weight_shape[2:])
+    assert padding is not None
+    batch, channels, *size = x.shape
+    # One row of channels for each position of the kernel: contiguous, so that loads are, too.
+    bank = bank.view(-1, channels, taps).mT.reshape(-1, taps * channels)
+    weight = mix(pi, bank).view(batch, taps, *(1 for _ in size), channels)
+    around = [amount for amount in reversed(padding) for _ in range(2)]
+    padded = F.pad(x.movedim(1, -1), [0, 0, *around])
+    y = None if bias_bank is None else mix(pi, bias_bank).view(batch, *(1 for _ in size), channels)
+    y_size = output_size(size, geometry.weight_shape[2:], geometry.stride, padding, geometry.dilation)
+    for tap, position in enumerate(itertools.product(*map(range, geometry.weight_shape[2:]))):
+        window = (
+            slice(index * dilation, index * dilation + stride * (length - 1) + 1, stride)
+            for index, dilation, stride, length in zip(
+                position, geometry.dilation, geometry.stride, y_size, strict=True
+            )
+        )
+        term = padded[(slice(None), *window)] * weight[:, tap]
+        y = term if y is None else y + term
+    assert y is not None
+    return y.movedim(-1, 1)
+
+
 def products(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """As :func:`matmul`, in tiles."""
     dense = geometry._replace(stride=(1,) * len(geometry.stride))
@@ -202,6 +233,7 @@ WAYS: dict[str, Way] = {
     "products": products,
     "grouped": grouped,
     "stacked": stacked,
+    "shifted": shifted,
     "each": each,
     "blocks": blocks,
     "columns": columns,
@@ -224,6 +256,8 @@ def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
         return True
     if len(geometry.stride) != 2 or geometry.transposed or padding is None or x.numel() == 0:
         return False
+    if way == "shifted":
+        return geometry.groups == x.shape[1] == geometry.out_channels
     return way in ("each", "stacked") or geometry.groups == 1
 
 
@@ -251,13 +285,15 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     batch, weights = x.shape[0], math.prod(geometry.weight_shape)
     if batch <= 1 and (train or weights <= _WIDE):  # first, as at batch 1 every microsecond counts
         return "single"
-    eager = x.device.type == "cpu" and _eager()
-    large = batch * weights * x.element_size() > 4 * MIB
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    plain = x.device.type != "cpu" or not (compiled or _eager())
+    # A compiled graph serves many batch sizes: it would be compiled again for each answer.
+    large = (MAX_SAMPLES if compiled else batch) * weights * x.element_size() > 4 * MIB
     if covers("matmul", x, geometry) and batch > 1:
-        return "products" if eager and large else "matmul"
-    if not eager or not covers("each", x, geometry):
+        return "products" if large and not plain else "matmul"
+    if plain or not covers("each", x, geometry):
         return "single" if batch <= 1 else "grouped"
-    last, elements = is_last(x), x[0].numel()
+    last, elements = is_last(x), math.prod(x.shape[1:])
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
     wide = geometry.groups == 1 and weights > _WIDE and positions <= _SMALL_MAP
     if batch == 1:
@@ -265,9 +301,11 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     if wide:
         return "columns" if last or train else "blocks"
     if geometry.groups == 1:
-        if large or (last and x.numel() > 2**19):
+        if large or (last and (compiled or x.numel() > 2**19)):
             return "each"
         return "stacked" if last else "grouped"
+    if compiled and last and not train and covers("shifted", x, geometry):
+        return "shifted"
     if not last:
         return "each" if elements >= 250_000 else "grouped"
     if geometry.groups < x.shape[1]:

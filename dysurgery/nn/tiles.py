@@ -10,7 +10,7 @@ c samples and R output channels are in a tile, P = H' * W' positions in a map of
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,9 @@ def tiled(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling:
         lower = torch.get_autocast_dtype(device)
         x, pi, bank = (t if t.dtype == torch.float64 else t.to(lower) for t in (x, pi, bank))
         bias_bank = None if bias_bank is None else bias_bank.to(bank.dtype)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _compiled(x, pi, bank, bias_bank, *tiling)
+        return compiled
     wanted = any(t is not None and t.requires_grad for t in (x, pi, bank, bias_bank))
     with torch.autocast(device, enabled=False):
         if wanted and torch.is_grad_enabled():
@@ -92,14 +95,62 @@ class _Tiled(torch.autograd.Function):
             return (*_backward(gy, x, pi, bank, bias_bank, ctx.tiling, ctx.needs_input_grad), None)
 
 
+# The same for torch.compile: one opaque node in its graph, as a loop over samples would be unrolled for each batch.
+@torch.library.custom_op("dysurgery::tiled", mutates_args=())
+def _compiled(
+    x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None,
+    engine: str, rows: int, samples: int, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    tiling = _tiling(engine, rows, samples, weight_shape, stride, padding, dilation, groups)
+    with torch.autocast(x.device.type, enabled=False):
+        return _forward(x, pi, bank, bias_bank, tiling)
+
+
+@_compiled.register_fake
+def _(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, *tiling: Any) -> Tensor:
+    return _output(x, _tiling(*tiling))
+
+
+@torch.library.custom_op("dysurgery::tiled_backward", mutates_args=())
+def _compiled_backward(
+    gy: Tensor, x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, wanted: Sequence[bool],
+    engine: str, rows: int, samples: int, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> list[Tensor]:  # fmt: skip
+    tiling = _tiling(engine, rows, samples, weight_shape, stride, padding, dilation, groups)
+    with torch.autocast(x.device.type, enabled=False):
+        found = _backward(gy, x, pi, bank, bias_bank, tiling, tuple(wanted))
+    return [gradient for gradient in found if gradient is not None]
+
+
+@_compiled_backward.register_fake
+def _(
+    gy: Tensor, x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, wanted: Sequence[bool], *tiling: Any
+) -> list[Tensor]:
+    like = (_empty(x, x.shape), *(None if t is None else torch.empty_like(t) for t in (pi, bank, bias_bank)))
+    return [t for t, want in zip(like, wanted, strict=True) if t is not None and want]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.tiling = inputs[4:]
+
+
+def _compiled_gradients(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+    found = iter(_compiled_backward(gy, *ctx.saved_tensors, list(ctx.needs_input_grad[:4]), *ctx.tiling))
+    return (*(next(found) if want else None for want in ctx.needs_input_grad[:4]), *(None for _ in ctx.tiling))
+
+
+_compiled.register_autograd(_compiled_gradients, setup_context=_keep)
+
+
+def _tiling(engine: str, rows: int, samples: int, *rest: Any) -> Tiling:
+    return Tiling(engine, rows, samples, *(tuple(each) if isinstance(each, Sequence) else each for each in rest))
+
+
 def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling: Tiling) -> Tensor:
-    size = (
-        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for length, padding, dilation, kernel, stride in zip(
-            x.shape[2:], tiling.padding, tiling.dilation, tiling.weight_shape[2:], tiling.stride, strict=True
-        )
-    )
-    y = _empty(x, (x.shape[0], tiling.weight_shape[0], *size))
+    y = _output(x, tiling)
     bias = None if bias_bank is None else pi @ bias_bank
     buffer = tiling.buffer(x.shape[0], bank)
     for samples in tiling.chunks(x.shape[0]):
@@ -108,6 +159,22 @@ def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tili
             weight = _kernels(_mix(pi[samples], bank[:, columns], buffer), tiling)
             engine.forward(rows, weight, None if bias is None else bias[samples, rows])
     return y
+
+
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """Return the size of the map that a convolution makes of one of this size, axis by axis."""
+    return [
+        (length + 2 * around - step * (positions - 1) - 1) // hop + 1
+        for length, positions, hop, around, step in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def _output(x: Tensor, tiling: Tiling) -> Tensor:
+    """Return room for y."""
+    size = output_size(x.shape[2:], tiling.weight_shape[2:], tiling.stride, tiling.padding, tiling.dilation)
+    return _empty(x, (x.shape[0], tiling.weight_shape[0], *size))
 
 
 def _backward(

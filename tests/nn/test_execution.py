@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from dysurgery.nn import tiles
 from dysurgery.nn.execution import (
     TILED,
     WAYS,
@@ -228,6 +229,25 @@ def test_several_tiles_of_channels_and_samples_make_one_whole(way, layout):
     direction = torch.randn_like(y)
     for a, b in zip(*(torch.autograd.grad(out, tensors, direction) for out in (y, reference)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", TILED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_are_one_node_of_a_compiled_graph_with_the_same_values_and_gradients(way, layout):
+    tensors, geometry = inputs(way, torch.float64)
+    x, *rest = tensors
+
+    def run(x):
+        return WAYS[way](LAYOUTS[layout](x), *rest, geometry)
+
+    y, expected = torch.compile(run, backend="aot_eager", fullgraph=True)(x), run(x)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(out, tensors, direction) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    tile = tiles.Tiling("each", 128, 8, *geometry[:2], (0,) * 2 if way == "products" else (1,) * 2, *geometry[3:5])
+    torch.library.opcheck(torch.ops.dysurgery.tiled, (LAYOUTS[layout](x.detach()), *rest, *tile))
 
 
 @pytest.mark.parametrize("way", TILED)
