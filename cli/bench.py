@@ -43,6 +43,7 @@ from dysurgery.train.processes import join_processes
 )  # fmt: skip
 @click.option("--same-layout", is_flag=True, help="Also a line for each layout with all in it.")
 @click.option("--compile", is_flag=True, help="torch.compile all of them; then no layer is measured alone.")
+@click.option("--autotune", is_flag=True, help="Measure each dynamic convolution first, and take its fastest way.")
 @click.option("--no-layers", is_flag=True, help="Do not measure the dynamic layers one by one.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Convert all of them to it; by default as they are.")
 @click.option("--device", help="cpu or cuda; by default a GPU if there is one.")
@@ -62,6 +63,7 @@ def bench_command(
     layout: str,
     same_layout: bool,
     compile: bool,
+    autotune: bool,
     no_layers: bool,
     dtype: str | None,
     device: str | None,
@@ -100,6 +102,7 @@ def bench_command(
             same_layout=same_layout,
             layers=not no_layers,
             compile=compile,
+            autotune=autotune,
             device=place,
             dtype=None if dtype is None else DTYPES[dtype],
             threads=threads,

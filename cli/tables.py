@@ -207,11 +207,11 @@ def bench_tables(out: Console, name: str, found: Bench) -> None:
     static, dynamic = found.mult_adds
     machine = found.machine
     threads = f", {machine['threads']} thread{'s' * (machine['threads'] > 1)}" if machine["device"] == "cpu" else ""
-    compiled = ", compiled" if machine["compile"] else ""
+    how = "".join(f", {name}" for key, name in (("compile", "compiled"), ("autotune", "autotuned")) if machine[key])
     size = "x".join(map(str, found.input_size))
     out.print(
         f"Mult-Adds: {count(static)} > {count(dynamic)}, {dynamic / max(static, 1):.2f} times; input {size}, "
-        f"{machine['dtype']}{compiled}, torch {machine['torch']} on {machine['name']}{threads}",
+        f"{machine['dtype']}{how}, torch {machine['torch']} on {machine['name']}{threads}",
         soft_wrap=True,
     )
     out.print(

@@ -9,6 +9,7 @@ surgery, verified), :mod:`cost` (what it costs now), :mod:`train` (fine-tuning),
 """
 
 from dysurgery._version import __version__
+from dysurgery.autotune import autotune
 from dysurgery.bench import bench
 from dysurgery.calibrate import calibrate
 from dysurgery.checkpoint import load, save
@@ -32,6 +33,7 @@ __all__ = [
     "TemperatureSchedule",
     "UsageError",
     "__version__",
+    "autotune",
     "bench",
     "calibrate",
     "choose",

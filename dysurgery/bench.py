@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from dysurgery.autotune import autotune as tune
 from dysurgery.cost import cost
 from dysurgery.demote import freeze
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean, sentence
-from dysurgery.example import tensors
 from dysurgery.fuse import fuse
 from dysurgery.latency import in_turns, no_collection, wait
+from dysurgery.layerwise import LAYOUTS, layer_calls, measured_step, twin_of
 from dysurgery.nn import DynamicLayer, duplicate
 from dysurgery.nn.conv import DynamicConvNd
 from dysurgery.nn.execution import Geometry
 
 BATCHES = (1, 8, 32)
 FORMS = ("static", "dynamic", "grouped")
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 SLOWEST = 10
 
@@ -120,7 +120,7 @@ class Bench:
         mult_adds: per image, of the static counterpart and of the dynamic network.
         input_size: (C, H, W) of an image.
         machine: what it was measured on and with: ``device``, its ``name``, ``threads``, ``torch``, ``dtype``,
-            ``compile``.
+            ``compile``, ``autotune``.
         notes: what a reader of the figures should know.
     """
 
@@ -169,6 +169,7 @@ def bench(
     same_layout: bool = False,
     layers: bool = True,
     compile: bool = False,
+    autotune: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     threads: int | None = None,
@@ -192,6 +193,8 @@ def bench(
         layers: also measure each dynamic layer alone, at the largest batch; not with ``compile``, as what is compiled
             for a layer alone is not what runs in the network.
         compile: ``torch.compile`` all of them, anew for each batch.
+        autotune: let each dynamic convolution go the way that is fastest here (:func:`dysurgery.autotune`), measured
+            first for each mode, batch and layout, in ``seconds`` each; not with ``compile``.
         device: where; None is where ``model`` is.
         dtype: to which networks and images are converted, batch statistics and all; None is that of ``model``.
         threads: that torch computes with on a CPU; None is as many as it has.
@@ -205,10 +208,12 @@ def bench(
     layouts = tuple(dict.fromkeys(layouts))
     if not any(isinstance(module, DynamicLayer) for module in model.modules()):
         raise UsageError("the model has no dynamic layer to measure: convert it first (dysurgery.convert)")
+    if autotune and compile:
+        raise UsageError("a compiled network does not ask for what was measured: autotune or compile, not both")
     if train and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("there is nothing to train: no parameter of the model requires a gradient")
     like = next(itertools.chain(model.parameters(), model.buffers()))
-    setting = _Setting(torch.device(device or like.device), dtype or like.dtype, compile, seconds)
+    setting = _Setting(torch.device(device or like.device), dtype or like.dtype, compile, autotune, seconds)
     example = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     static = freeze(model) if static is None else static
     mult_adds = (cost(static, example).mult_adds.total, cost(model, example).mult_adds.total)
@@ -254,6 +259,7 @@ class _Setting:
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    autotune: bool
     seconds: float
 
     def machine(self) -> dict[str, Any]:
@@ -265,6 +271,7 @@ class _Setting:
             "torch": torch.__version__,
             "dtype": str(self.dtype).removeprefix("torch."),
             "compile": self.compile,
+            "autotune": self.autotune,
         }
 
 
@@ -300,7 +307,7 @@ def _networks(
             network = network.to(setting.device, setting.dtype).train(mode == "train")
             for layout in layouts:
                 # Only weights with four axes have a layout: a bank has two, and all copies share it.
-                copied = network if layout == layouts[0] else _twin(network, lambda tensor: tensor.dim() != 4)
+                copied = network if layout == layouts[0] else twin_of(network, lambda tensor: tensor.dim() != 4)
                 networks[form, layout] = copied
             for layout in layouts:
                 networks[form, layout].to(memory_format=LAYOUTS[layout])
@@ -321,38 +328,12 @@ def _folded(form: str, network: nn.Module, example: Tensor, notes: list[str]) ->
     return done.model
 
 
-def _twin(network: nn.Module, shares: Callable[[Tensor], bool] = lambda tensor: True) -> nn.Module:
-    """Return a copy that shares the parameters and buffers which ``shares`` says."""
-    held = itertools.chain(network.parameters(), network.buffers())
-    return duplicate(network, {id(tensor): tensor for tensor in held if shares(tensor)})
-
-
 def _with_grouped(network: nn.Module) -> nn.Module:
-    twin = _twin(network)
+    twin = twin_of(network)
     for module in twin.modules():
         if isinstance(module, DynamicConvNd):
             module.chooser = choose_grouped
     return twin
-
-
-def _step(mode: str, network: nn.Module, run: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> Callable[[], None]:
-    """Return what is measured: ``run``, which may be ``network`` compiled, on each input, and backward in training."""
-
-    def infer() -> None:
-        with torch.inference_mode():
-            for x in inputs:
-                run(x)
-
-    def train() -> None:
-        with torch.enable_grad():
-            for x in inputs:
-                found = [y for y in tensors(run(x)) if y.requires_grad]
-                # As the gradient of the sum of the outputs, but whole tensors, as layers get them in a network.
-                torch.autograd.backward(found, [torch.ones_like(y) for y in found])
-                x.grad = None
-        network.zero_grad(set_to_none=True)
-
-    return infer if mode == "infer" else train
 
 
 def _measure(
@@ -363,13 +344,15 @@ def _measure(
         torch.compiler.reset()
     steps, memory = {}, {}
     inputs = {layout: images.contiguous(memory_format=LAYOUTS[layout]) for _, layout in networks}
+    for layout in inputs if setting.autotune else ():
+        tune(networks["dynamic", layout], inputs[layout], train=mode == "train", seconds=setting.seconds)
     for (form, layout), network in networks.items():
         count = f"{len(images)} image{'s' * (len(images) > 1)}"
         what = f"the {form} network ({mode}, {count}, {layout}, {setting.dtype}{', compiled' * setting.compile})"
         # Their classes are the same, and with them the code whose compiled forms would get into each other's way.
         compiler: Any = torch.compile  # whose overloads lack isolate_recompiles
         run = compiler(network, dynamic=False, isolate_recompiles=True) if setting.compile else network
-        step = _step(mode, network, run, [inputs[layout]])
+        step = measured_step(mode, network, run, [inputs[layout]])
         with _attempt(what, "choose fewer images (--batch) or a smaller network"):
             step()
             memory[form, layout] = (_held(network) + _peak(step, setting.device)) / 1e6
@@ -425,12 +408,12 @@ def _silent_profiler() -> Iterator[None]:
 
 def _layer_times(network: nn.Module, mode: str, images: Tensor, setting: _Setting) -> list[LayerTime]:
     """Measure every dynamic layer alone, its static twin and the grouped trick in turns; the costliest come first."""
-    calls = _inputs(network, mode, images)
+    calls = layer_calls(network, measured_step(mode, network, network, [images]))
     found = []
     for path, seen in calls.items():
         layer = network.get_submodule(path)
         assert isinstance(layer, DynamicLayer)
-        inputs = [_like(call) for call in seen]
+        inputs = [call.inputs() for call in seen]
         layout = seen[0].layout
         forms: dict[str, nn.Module] = {"static": layer.to_static(), "dynamic": layer}
         forms["static"].train(mode == "train").to(memory_format=LAYOUTS[layout])
@@ -438,7 +421,7 @@ def _layer_times(network: nn.Module, mode: str, images: Tensor, setting: _Settin
             forms["grouped"] = _with_grouped(layer)
         with _attempt(f"{path} alone", "choose fewer images (--batch) or a smaller network"):
             way = _way(layer, mode, inputs)
-            steps = {form: _step(mode, twin, twin, inputs) for form, twin in forms.items()}
+            steps = {form: measured_step(mode, twin, twin, inputs) for form, twin in forms.items()}
             times = in_turns(steps, setting.device, seconds=setting.seconds / len(calls))
         each = {form: median(taken) for form, taken in times.items()}
         medians = (each["static"], each["dynamic"], each.get("grouped"))
@@ -446,52 +429,11 @@ def _layer_times(network: nn.Module, mode: str, images: Tensor, setting: _Settin
     return sorted(found, key=lambda layer: layer.static_ms - layer.dynamic_ms)
 
 
-@dataclass(frozen=True)
-class _Input:
-    """What a layer was called with, without keeping it."""
-
-    shape: tuple[int, ...]
-    layout: str
-    dtype: torch.dtype
-    device: torch.device
-    needs_grad: bool
-
-
-def _like(call: _Input) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(call.shape, generator=generator).to(call.device, call.dtype)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=LAYOUTS[call.layout])
-    return x.requires_grad_(call.needs_grad)
-
-
-def _inputs(network: nn.Module, mode: str, images: Tensor) -> dict[str, list[_Input]]:
-    """Return path of each dynamic layer that the images reach -> what it is called with."""
-    seen: dict[str, list[_Input]] = {}
-    hooks = []
-    for path, module in network.named_modules():
-        if isinstance(module, DynamicLayer):
-
-            def note(module: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                x = args[0]
-                last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-                call = _Input(tuple(x.shape), "nhwc" if last else "nchw", x.dtype, x.device, x.requires_grad)
-                seen.setdefault(path, []).append(call)
-
-            hooks.append(module.register_forward_pre_hook(note))
-    try:
-        _step(mode, network, network, [images])()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen
-
-
 def _way(layer: DynamicLayer, mode: str, inputs: Sequence[Tensor]) -> str:
     """Return the way that ``layer`` goes for the first input."""
     if not isinstance(layer, DynamicConvNd):
         return ""
-    ways, twin, chooser = [], _twin(layer), layer.chooser
+    ways, twin, chooser = [], twin_of(layer), layer.chooser
 
     def note(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         ways.append(chooser(x, geometry, train))
@@ -499,7 +441,7 @@ def _way(layer: DynamicLayer, mode: str, inputs: Sequence[Tensor]) -> str:
 
     assert isinstance(twin, DynamicConvNd)
     twin.chooser = note
-    _step(mode, twin, twin, inputs[:1])()
+    measured_step(mode, twin, twin, inputs[:1])()
     return ways[0]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from dysurgery import models
 from dysurgery._version import __version__
+from dysurgery.autotune import set_ways, ways_of
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.files import sync, write_text
 from dysurgery.nn import DynamicLayer, FusedNorm, folded, handler, temperature
@@ -33,9 +34,9 @@ from dysurgery.rewrite import graft, graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
 from dysurgery.weights import FetchError, hub_file, with_metadata
 
-FORMAT = 2
-"""Since 2: ``static``, ``biases`` and ``norms``."""
-READABLE = (1, 2)
+FORMAT = 3
+"""Since 2: ``static``, ``biases`` and ``norms``; since 3: ``ways``."""
+READABLE = (1, 2, 3)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -49,6 +50,7 @@ class Config:
         static: paths of the layers that were dynamic and are static again (:func:`dysurgery.freeze`).
         biases: paths of the layers, dynamic or static, that got a bias that their source does not have.
         norms: paths of the BatchNorms that such layers have taken in (:func:`dysurgery.fuse_bn`).
+        ways: path of each tuned layer -> situation -> way, see :func:`dysurgery.autotune`.
         graphs: path of each GraphModule ("" is the model) -> how it was traced; empty for a grafted model.
         tau: the temperature, for people to read; the tensors hold it.
         input_size: (C, H, W), if known.
@@ -62,6 +64,7 @@ class Config:
     static: list[str]
     biases: list[str]
     norms: list[str]
+    ways: dict[str, dict[str, str]]
     graphs: dict[str, dict[str, Any]]
     tau: float | None
     input_size: tuple[int, int, int] | None
@@ -111,6 +114,7 @@ def save(
         static=[path for path, m in model.named_modules() if hasattr(m, WAS_DYNAMIC)],
         biases=[path for path, m in model.named_modules() if hasattr(m, BIAS_ADDED)],
         norms=[path for path, m in model.named_modules() if isinstance(m, FusedNorm)],
+        ways=ways_of(model),
         graphs={
             path: m.meta["dysurgery"]
             for path, m in model.named_modules()
@@ -194,8 +198,8 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
     if not isinstance(data, dict) or found not in READABLE:
         newer = ", which a newer version of dysurgery wrote" if isinstance(found, int) and found > FORMAT else ""
         raise DysurgeryError(f"{path} is no dysurgery config of format {FORMAT} or older (found {found!r}{newer})")
-    if found == 1:
-        data |= {"static": [], "biases": [], "norms": []}
+    older: dict[str, Any] = {"static": [], "biases": [], "norms": [], "ways": {}}
+    data = older | data
     try:
         size = data["input_size"]
         return Config(
@@ -204,6 +208,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
             static=[str(name) for name in data["static"]],
             biases=[str(name) for name in data["biases"]],
             norms=[str(name) for name in data["norms"]],
+            ways={str(name): dict(ways) for name, ways in data["ways"].items()},
             graphs=dict(data["graphs"]),
             tau=data["tau"],
             input_size=None if size is None else (int(size[0]), int(size[1]), int(size[2])),
@@ -350,7 +355,13 @@ def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str
     check([*config.biases, *config.norms])
     for path in config.biases:
         add_bias(model.get_submodule(path))
-    return graft_in_place(model, config.norms, lambda norm, path: FusedNorm(norm))[0]
+    model = graft_in_place(model, config.norms, lambda norm, path: FusedNorm(norm))[0]
+    check(config.ways)
+    try:
+        set_ways(model, config.ways)
+    except ValueError as error:
+        raise DysurgeryError(f"{folder} is damaged: {error}") from error
+    return model
 
 
 def open_model(

@@ -1,6 +1,7 @@
 import copy
 import gc
 import json
+import sys
 from statistics import median
 
 import pytest
@@ -14,6 +15,7 @@ from dysurgery.bench_pictures import bars, tradeoff
 from dysurgery.latency import in_turns
 from dysurgery.nn import DynamicLayer
 from dysurgery.nn.conv import DynamicConvNd
+from dysurgery.nn.execution import Situation
 
 SIZE = (3, 16, 16)
 QUICK = {"batches": (1, 3), "seconds": 0.01}
@@ -97,7 +99,7 @@ def test_the_figures_are_plain_values_with_what_the_reader_needs(found):
         assert keys <= row.keys()
         assert row["ratio"] == row["dynamic_ms"] / row["static_ms"]
     assert figures["mult_adds"]["dynamic"] > figures["mult_adds"]["static"]
-    assert {"device", "name", "threads", "torch", "dtype", "compile"} == figures["machine"].keys()
+    assert {"device", "name", "threads", "torch", "dtype", "compile", "autotune"} == figures["machine"].keys()
     assert bars(figures).startswith(b"\x89PNG")
 
 
@@ -258,3 +260,16 @@ def test_the_tradeoff_is_drawn_with_what_is_known(found):
         tradeoff({**RESULT, "mult_adds": {"static": None, "dynamic": 1100}, "latency_ms": {"dynamic": 2.0}}),
     ):
         assert pictured.startswith(b"\x89PNG")
+
+
+def test_autotuned_layers_go_the_way_that_was_measured(dynamic, monkeypatch):
+    def each(layer, call, train, seconds):
+        return Situation.of(call.inputs(), train), "each"
+
+    monkeypatch.setattr(sys.modules["dysurgery.autotune"], "_fastest", each)
+    found = run_bench(dynamic, SIZE, batches=(2,), layouts=("nchw",), seconds=0.01, autotune=True)
+    assert found.machine["autotune"]
+    ways = {layer.path: layer.way for layer in found.layers}
+    assert {ways["depthwise"], ways["pointwise"], ways["fc"]} == {"each", ""}
+    with pytest.raises(dysurgery.UsageError, match="autotune or compile, not both"):
+        run_bench(dynamic, SIZE, autotune=True, compile=True)

@@ -140,11 +140,14 @@ def test_a_wrong_model_is_refused(dynamic, tmp_path):
         dysurgery.load(tmp_path / "saved", model=timm.create_model("resnet10t", num_classes=8))
 
 
-def test_a_folder_of_the_first_format_still_loads(dynamic, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "unknown"), [(1, {"static", "biases", "norms", "ways"}), (2, {"ways"})], ids=["1", "2"]
+)
+def test_a_folder_of_an_older_format_still_loads(dynamic, tmp_path, number, unknown):
     folder = dysurgery.save(dynamic, tmp_path / "saved")
     config = json.loads((folder / "config.json").read_text())
-    assert config["format"] == 2
-    old = {key: value for key, value in config.items() if key not in ("static", "biases", "norms")} | {"format": 1}
+    assert config["format"] == 3
+    old = {key: value for key, value in config.items() if key not in unknown} | {"format": number}
     (folder / "config.json").write_text(json.dumps(old))
     x = torch.randn(2, *IMAGE[1:])
     torch.testing.assert_close(dysurgery.load(folder)(x), dynamic(x), rtol=0, atol=0)

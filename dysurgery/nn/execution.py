@@ -3,8 +3,8 @@
 Every way takes ``(x, pi, bank, bias_bank, geometry)`` and computes, for sample b, ``W_b = sum_k pi_bk W_k``,
 ``bias_b = sum_k pi_bk bias_k`` and ``y_b = conv(x_b, W_b) + bias_b`` (Chen et al., CVPR 2020, section 3). A new way
 is a function entered in :data:`WAYS`, a condition in :func:`covers` and a line in :func:`choose`; the layers call
-:func:`convolve` and see no more. :func:`choose` is the chooser of every layer; :mod:`dysurgery.export` sets another
-one in the copy that it writes.
+:func:`convolve` and see no more. :func:`choose` is the chooser of every layer, unless
+:func:`dysurgery.autotune` measured a better one; :mod:`dysurgery.export` sets another in the copy that it writes.
 
 ========  ==============================================================  =====================================
 way       what it does                                                    where :func:`choose` takes it
@@ -32,9 +32,8 @@ Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, we
 (K, Cout), y (B, Cout, *size).
 """
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +42,7 @@ from torch._higher_order_ops import scan
 from torch.nn import functional as F
 
 from dysurgery.nn.rows import product as row_product
-from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, output_size, product, tiled
+from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, product, tiled
 
 
 class Geometry(NamedTuple):
@@ -140,35 +139,6 @@ def stacked(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
     return apart.movedim(-2, 0).contiguous().movedim(-1, 1)
 
 
-def shifted(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
-    """A sum over the kernel's positions of shifted inputs times one weight per channel, for depthwise kernels.
-
-    Under torch.compile it is one loop over channels_last data, into which a following activation goes as well; in eager
-    mode it would be as many passes over memory as the kernel has positions.
-    """
-    padding, taps = _padding(geometry), math.prod(geometry.weight_shape[2:])
-    assert padding is not None
-    batch, channels, *size = x.shape
-    # One row of channels for each position of the kernel: contiguous, so that loads are, too.
-    bank = bank.view(-1, channels, taps).mT.reshape(-1, taps * channels)
-    weight = mix(pi, bank).view(batch, taps, *(1 for _ in size), channels)
-    around = [amount for amount in reversed(padding) for _ in range(2)]
-    padded = F.pad(x.movedim(1, -1), [0, 0, *around])
-    y = None if bias_bank is None else mix(pi, bias_bank).view(batch, *(1 for _ in size), channels)
-    y_size = output_size(size, geometry.weight_shape[2:], geometry.stride, padding, geometry.dilation)
-    for tap, position in enumerate(itertools.product(*map(range, geometry.weight_shape[2:]))):
-        window = (
-            slice(index * dilation, index * dilation + stride * (length - 1) + 1, stride)
-            for index, dilation, stride, length in zip(
-                position, geometry.dilation, geometry.stride, y_size, strict=True
-            )
-        )
-        term = padded[(slice(None), *window)] * weight[:, tap]
-        y = term if y is None else y + term
-    assert y is not None
-    return y.movedim(-1, 1)
-
-
 def products(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """As :func:`matmul`, in tiles."""
     dense = geometry._replace(stride=(1,) * len(geometry.stride))
@@ -233,7 +203,6 @@ WAYS: dict[str, Way] = {
     "products": products,
     "grouped": grouped,
     "stacked": stacked,
-    "shifted": shifted,
     "each": each,
     "blocks": blocks,
     "columns": columns,
@@ -256,8 +225,6 @@ def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
         return True
     if len(geometry.stride) != 2 or geometry.transposed or padding is None or x.numel() == 0:
         return False
-    if way == "shifted":
-        return geometry.groups == x.shape[1] == geometry.out_channels
     return way in ("each", "stacked") or geometry.groups == 1
 
 
@@ -304,8 +271,6 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         if large or (last and (compiled or x.numel() > 2**19)):
             return "each"
         return "stacked" if last else "grouped"
-    if compiled and last and not train and covers("shifted", x, geometry):
-        return "shifted"
     if not last:
         return "each" if elements >= 250_000 else "grouped"
     if geometry.groups < x.shape[1]:
@@ -323,6 +288,65 @@ def _eager() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+class Situation(NamedTuple):
+    """What the fastest way of a layer depends on. As text: ``cpu 2 float32 nhwc 8x96x56x56 infer``."""
+
+    device: str
+    """Its type."""
+    threads: int
+    """That torch computes with on a CPU; 0 elsewhere."""
+    dtype: str
+    """Of the computation, so that of autocast where it is on."""
+    layout: str
+    """``nhwc`` if the channels of x are innermost in memory, else ``nchw``."""
+    shape: tuple[int, ...]
+    """Of x."""
+    mode: str
+    """``train`` if there will be a backward pass, else ``infer``."""
+
+    @classmethod
+    def of(cls, x: Tensor, train: bool) -> "Situation":
+        """Return the situation now."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        threads = torch.get_num_threads() if device == "cpu" else 0
+        layout, mode = "nhwc" if is_last(x) else "nchw", "train" if train else "infer"
+        return cls(device, threads, _NAMES[dtype], layout, tuple(x.shape), mode)
+
+    @classmethod
+    def parse(cls, text: str) -> "Situation":
+        """Read the text again.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        device, threads, dtype, layout, shape, mode = text.split(" ")
+        return cls(device, int(threads), dtype, layout, tuple(map(int, shape.split("x"))), mode)
+
+    def __str__(self) -> str:
+        return " ".join(map(str, (*self[:4], "x".join(map(str, self.shape)), self.mode)))
+
+
+# As the name of a type is asked for at each call, and str() is slow.
+_NAMES = {each: str(each).removeprefix("torch.") for each in vars(torch).values() if isinstance(each, torch.dtype)}
+
+
+class Tuned:
+    """A chooser that knows what was measured (:func:`dysurgery.autotune`), and asks :func:`choose` elsewhere.
+
+    Args:
+        ways: situation -> name in :data:`WAYS`; a name that this version does not know is left out.
+    """
+
+    def __init__(self, ways: Mapping[Situation, str]) -> None:
+        self.ways = {situation: way for situation, way in ways.items() if way in WAYS}
+
+    def __call__(self, x: Tensor, geometry: Geometry, train: bool = False) -> str:
+        # What is traced runs where nobody measured.
+        way = self.ways.get(Situation.of(x, train)) if _eager() else None
+        return choose(x, geometry, train) if way is None else way
 
 
 def choose_for_any_batch(x: Tensor, geometry: Geometry, train: bool = False) -> str:

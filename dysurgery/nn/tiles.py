@@ -146,7 +146,8 @@ _compiled.register_autograd(_compiled_gradients, setup_context=_keep)
 
 
 def _tiling(engine: str, rows: int, samples: int, *rest: Any) -> Tiling:
-    return Tiling(engine, rows, samples, *(tuple(each) if isinstance(each, Sequence) else each for each in rest))
+    fields: list[Any] = [tuple(each) if isinstance(each, Sequence) else each for each in rest]
+    return Tiling(engine, rows, samples, *fields)
 
 
 def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling: Tiling) -> Tensor:

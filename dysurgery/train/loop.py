@@ -25,6 +25,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from dysurgery.autotune import autotune, set_ways, ways_of
 from dysurgery.errors import DysurgeryError, UsageError, sentence
 from dysurgery.nn import DynamicLayer, set_temperature
 from dysurgery.train.attention import attention_statistics
@@ -252,8 +253,11 @@ class _Run:
         job = self.job
         if job.folder is not None and (state := read_state(job.folder)) is not None:
             self._load(state, job.folder)
-        elif job.folder is not None:
-            self._save()
+        else:
+            if job.how.autotune and self.dynamic:
+                self._autotune()
+            if job.folder is not None:
+                self._save()
         if job.processes.first:
             job.observer.on_start(job.phase, job.seed, tuple(self.history), job.how.epochs * self.steps)
         try:
@@ -265,6 +269,14 @@ class _Run:
         if self.best is not None:
             self._kept().load_state_dict(self.best)
         return self.history, self._kept().eval()
+
+    def _autotune(self) -> None:
+        """Find the fastest ways for a part of a batch; the state keeps them, as rounding depends on them."""
+        how, processes = self.job.how, self.job.processes
+        count = how.batch_size // (how.accumulate * processes.world)
+        images = torch.zeros(count, *self.job.preprocessing["input_size"], device=processes.device)
+        with torch.autocast(processes.device.type, self.amp, enabled=self.amp is not None):
+            autotune(self.model, images.contiguous(memory_format=self.layout), train=True)
 
     def _kept(self) -> nn.Module:
         """Return the network that is validated and saved."""
@@ -455,6 +467,7 @@ class _Run:
                 "epoch_seconds": self.epoch_seconds,
                 "history": [asdict(epoch) for epoch in self.history],
                 "model": self.model.state_dict(),
+                "ways": ways_of(self.model),
                 "best": self.best,
                 "ema": self.task.trainable_module_ema.module.state_dict() if job.how.ema_decay else None,
                 "optimizer": self.optimizer.state_dict(),
@@ -471,6 +484,7 @@ class _Run:
             raise UsageError(f"the state in {folder} is of another run: it has {found}, this one is {wanted}")
         try:
             self.model.load_state_dict(state["model"])
+            set_ways(self.model, state["ways"])
             if job.how.ema_decay:
                 self.task.trainable_module_ema.module.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])

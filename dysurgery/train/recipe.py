@@ -98,6 +98,8 @@ class Training:
         amp: ``bf16`` or ``fp16`` autocast, or ``none``.
         channels_last: memory format.
         compile: torch.compile the network.
+        autotune: let each dynamic convolution go its fastest way here (:func:`dysurgery.autotune`), measured at first;
+            not with ``compile``.
         workers: processes that load images, for each training process.
     """
 
@@ -128,6 +130,7 @@ class Training:
     amp: str = "none"
     channels_last: bool = False
     compile: bool = False
+    autotune: bool = False
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -143,6 +146,8 @@ class Training:
         for name in ("label_smoothing", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{name} is below 1, got {getattr(self, name)}")
+        if self.autotune and self.compile:
+            raise UsageError("a compiled network does not ask for what was measured: set autotune or compile, not both")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise UsageError(f"warmup_epochs is below epochs, got {self.warmup_epochs:g} of {self.epochs}")
         if self.sched == "plateau" and self.sched_on == "step":

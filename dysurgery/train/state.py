@@ -13,7 +13,7 @@ import torch
 from dysurgery.errors import DysurgeryError
 from dysurgery.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.pt"
 
 

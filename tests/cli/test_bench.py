@@ -23,7 +23,9 @@ def spec(factory_file):
 
 
 def test_a_static_model_is_converted_and_measured_in_all_forms(run, spec):
-    result = run("bench", spec, *TINY, "--batch", "1,2", "--seconds", 0.01, "--train", "--same-layout", "--k", 2)
+    result = run(
+        "bench", spec, *TINY, "--batch", "1,2", "--seconds", 0.01, "--train", "--same-layout", "--k", 2, "--autotune"
+    )
     assert result.exit_code == 0, result.output
     for words in ("static", "grouped", "infer", "train", "nhwc", "Mult-Adds", "slowest dynamic layers", "depthwise"):
         assert words in result.output

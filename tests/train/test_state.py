@@ -11,6 +11,7 @@ from tiny import net
 
 import dysurgery
 from dysurgery import DysurgeryError, UsageError
+from dysurgery.autotune import ways_of
 from dysurgery.train.loop import Interrupted, train
 from dysurgery.train.recipe import Augment, Temperature
 from dysurgery.train.state import STATE, differences, read_state, write_state
@@ -53,6 +54,17 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_weights_and_history(job
         ]
 
 
+def test_the_ways_that_were_measured_once_stay_for_the_whole_run(job, tmp_path, monkeypatch):
+    with pytest.raises(Interrupted):
+        train(job(dynamic(), autotune=True, folder=tmp_path, asked_to_stop=stopping_after(4)))
+    ways = read_state(tmp_path)["ways"]
+    assert ways
+    monkeypatch.setattr("dysurgery.train.loop.autotune", None)  # nobody measures again
+    _, trained = train(job(dynamic(), autotune=True, folder=tmp_path))
+    assert ways_of(trained) == ways
+    assert all(" train" in situation for each in ways.values() for situation in each)
+
+
 def test_a_state_of_another_run_is_refused(job, tmp_path):
     train(job(dynamic(), folder=tmp_path, epochs=1))
     with pytest.raises(UsageError, match="steps_per_epoch"):
@@ -73,7 +85,7 @@ def test_a_damaged_state_is_named(tmp_path):
 
 
 def test_nothing_is_unpickled(tmp_path):
-    torch.save({"format": 1, "x": Interrupted("a class")}, tmp_path / STATE)
+    torch.save({"format": 2, "x": Interrupted("a class")}, tmp_path / STATE)
     with pytest.raises(DysurgeryError):
         read_state(tmp_path)
 

@@ -1,0 +1,127 @@
+"""The fastest way of every dynamic layer on this machine: measured, not guessed as by the default chooser.
+
+What was found is an attribute of each layer (:class:`dysurgery.nn.execution.Tuned`), which copies and
+:func:`dysurgery.save` keep; it counts for the device, threads, type, layout, shape and mode that were measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median
+
+import torch
+from torch import nn
+
+from dysurgery.errors import UsageError
+from dysurgery.example import Example, run, shadow
+from dysurgery.latency import in_turns, no_collection
+from dysurgery.layerwise import Call, layer_calls, measured_step, twin_of
+from dysurgery.nn import duplicate
+from dysurgery.nn.conv import DynamicConvNd
+from dysurgery.nn.execution import WAYS, Geometry, Situation, Tuned, choose, covers
+
+
+def autotune(
+    model: nn.Module, example: Example, *, train: bool | None = None, seconds: float = 20.0
+) -> dict[str, dict[str, str]]:
+    """Measure every way of every dynamic convolution for inputs like the example, and let each go its fastest.
+
+    The function stays the same up to rounding. Compiled and exported graphs do not ask.
+
+    Args:
+        model: a converted network, changed in place.
+        example: what it is called with; its batch size and memory layout count, so tune for each that will be used.
+        train: for training steps (forward and backward) or inference; None is the mode that the model is in.
+        seconds: to spend on all layers together; equal layers are measured once.
+
+    Returns:
+        Path of each layer -> situation (see :class:`dysurgery.nn.execution.Situation`) -> way.
+
+    Raises:
+        UsageError: for a model without dynamic convolutions, or no time.
+        DysurgeryError: if it does not run on the example.
+    """
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"the seconds to spend are more than 0, got {seconds:g}")
+    train = model.training if train is None else train
+    copied = shadow(model)  # as a forward in training would move statistics
+    calls = layer_calls(copied, lambda: run(copied, example))
+    sites = [
+        (path, layer, replace(call, needs_grad=train))
+        for path, seen in calls.items()
+        if isinstance(layer := model.get_submodule(path), DynamicConvNd)
+        for call in dict.fromkeys(seen)
+    ]
+    if not sites:
+        raise UsageError("no dynamic convolution is called on the example: convert the model first (dysurgery.convert)")
+    keys = [_key(layer, call) for _, layer, call in sites]
+    share = seconds / len(set(keys))
+    known: dict[tuple[object, ...], tuple[Situation, str]] = {}
+    found: dict[str, dict[Situation, str]] = {}
+    with no_collection():
+        for (path, layer, call), key in zip(sites, keys, strict=True):
+            if key not in known:
+                known[key] = _fastest(layer, call, train, share)
+            situation, way = known[key]
+            found.setdefault(path, {})[situation] = way
+    for path, ways in found.items():
+        layer = model.get_submodule(path)
+        assert isinstance(layer, DynamicConvNd)
+        before = layer.chooser.ways if isinstance(layer.chooser, Tuned) else {}
+        layer.chooser = Tuned({**before, **ways})
+    return {path: {str(situation): way for situation, way in ways.items()} for path, ways in found.items()}
+
+
+def ways_of(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return path of each tuned layer -> situation -> way, as plain values."""
+    return {
+        path: {str(situation): way for situation, way in layer.chooser.ways.items()}
+        for path, layer in model.named_modules()
+        if isinstance(layer, DynamicConvNd) and isinstance(layer.chooser, Tuned)
+    }
+
+
+def set_ways(model: nn.Module, ways: Mapping[str, Mapping[str, str]]) -> None:
+    """Let the layers of ``model`` go the ways that :func:`ways_of` returned.
+
+    Raises:
+        ValueError: for a path that is no dynamic convolution, or a situation that is none.
+    """
+    for path, each in ways.items():
+        layer = model.get_submodule(path)
+        if not isinstance(layer, DynamicConvNd):
+            raise ValueError(f"{path} has ways to run, but is no dynamic convolution")
+        layer.chooser = Tuned({Situation.parse(situation): way for situation, way in each.items()})
+
+
+def _key(layer: DynamicConvNd, call: Call) -> tuple[object, ...]:
+    """Return what layers have in common that take the same time."""
+    geometry = (layer.weight_shape, layer.stride, layer.padding, layer.dilation, layer.groups, layer.transposed)
+    return type(layer), *geometry, layer.padding_mode, layer.k, layer.bias_bank is None, call
+
+
+def _fastest(original: DynamicConvNd, call: Call, train: bool, seconds: float) -> tuple[Situation, str]:
+    """Return the situation that ``original`` is in when called like that, and its fastest way then."""
+    mode = "train" if train else "infer"
+    layer = duplicate(original).train(train)  # whose gradients may be cleared
+    for module in layer.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    x = call.inputs()
+    asked: list[tuple[Situation, list[str]]] = []
+
+    def ask(x: torch.Tensor, geometry: Geometry, train: bool = False) -> str:
+        ways = [way for way in WAYS if way != "one by one" and covers(way, x, geometry)]
+        asked.append((Situation.of(x, train), ways))
+        return choose(x, geometry, train)
+
+    steps = {}
+    layer.chooser = ask
+    measured_step(mode, layer, layer, [x])()
+    situation, ways = asked[0]
+    for way in ways:
+        twin = twin_of(layer)
+        assert isinstance(twin, DynamicConvNd)
+        twin.chooser = lambda x, geometry, train=False, way=way: way  # type: ignore[misc]
+        steps[way] = measured_step(mode, twin, twin, [x])
+    times = in_turns(steps, x.device, seconds=seconds)
+    return situation, min(times, key=lambda way: median(times[way]))
