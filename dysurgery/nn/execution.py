@@ -11,7 +11,8 @@ way       what it does                                                    where 
 ========  ==============================================================  =====================================
 single    one ordinary convolution                                        one sample
 matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB
-products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that
+products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that, with one thread
+                                                                          or in training
 grouped   one convolution of B * groups groups, what everyone does        NCHW: small depthwise, dense with kernels of
                                                                           the batch to 4 MiB; whatever no other way
                                                                           covers; a GPU
@@ -23,10 +24,10 @@ columns   im2col and products, 64 output channels at a time               the sa
 ========  ==============================================================  =====================================
 
 ``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``each``, ``blocks`` and ``columns`` keep no
-mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU in eager mode; under torch.compile, torch.export
-and torch.func, and on a GPU, the others are taken, which are plain operations. The thresholds were measured on one core
+mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one node of the graph, under
+torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are plain operations. The thresholds were measured on one core
 with AVX-512 in float32, at batch 8 and for the small dense ones at 64. Not here, as they never won: K convolutions with
-mixed outputs, mixed inputs, shifted sums, vmap.
+mixed outputs, mixed inputs, shifted sums (as one loop of a compiled graph neither), vmap.
 
 Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
 (K, Cout), y (B, Cout, *size).
@@ -257,7 +258,9 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
     large = (MAX_SAMPLES if compiled else batch) * weights * x.element_size() > 4 * MIB
     if covers("matmul", x, geometry) and batch > 1:
-        return "products" if large and not plain else "matmul"
+        # Several threads share one product better than the tiles of one.
+        tiles = compiled or train or torch.get_num_threads() == 1
+        return "products" if large and not plain and tiles else "matmul"
     if plain or not covers("each", x, geometry):
         return "single" if batch <= 1 else "grouped"
     last, elements = is_last(x), math.prod(x.shape[1:])
