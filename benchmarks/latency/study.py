@@ -89,10 +89,11 @@ def times_table(benches: dict[str, Any]) -> str:
     ]
     for row in sorted(rows(benches), key=lambda row: (row["model"], how(row), row["mode"], row["batch"])):
         cells = [f"{row[f'{form}_ms']:.1f} ms {row[f'{form}_layout']}" for form in ("static", "dynamic", "grouped")]
+        aim = AIMS.get((row["mode"], row["batch"]), "")
         memory = ", ".join(f"{row[f'{form}_mb']:.0f}" for form in ("static", "dynamic", "grouped"))
         lines.append(
             f"| {row['model']} | {how(row)} | {row['mode']} | {row['batch']} | {' | '.join(cells)} | "
-            f"**{row['ratio']:.2f}** | {AIMS.get((row['mode'], row['batch']), '')} | {row['ratio_grouped']:.2f} | {memory} |"
+            f"**{row['ratio']:.2f}** | {aim} | {row['ratio_grouped']:.2f} | {memory} |"
         )
     return "\n".join(lines) + "\n"
 

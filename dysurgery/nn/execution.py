@@ -24,10 +24,11 @@ columns   im2col and products, 64 output channels at a time               the sa
 ========  ==============================================================  =====================================
 
 ``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``each``, ``blocks`` and ``columns`` keep no
-mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one node of the graph, under
-torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are plain operations. The thresholds were measured on one core
-with AVX-512 in float32, at batch 8 and for the small dense ones at 64. Not here, as they never won: K convolutions with
-mixed outputs, mixed inputs, shifted sums (as one loop of a compiled graph neither), vmap.
+mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one node of the graph,
+under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are plain operations.
+The thresholds were measured on one core with AVX-512 in float32, at batch 8 and for the small dense ones at 64. Not
+here, as they never won: K convolutions with mixed outputs, mixed inputs, shifted sums (neither as one loop of a
+compiled graph), vmap.
 
 Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
 (K, Cout), y (B, Cout, *size).
