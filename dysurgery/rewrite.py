@@ -26,6 +26,8 @@ from dysurgery.plan import plan as make_plan
 from dysurgery.select import KINDS
 from dysurgery.trace import UNTRANSPOSED, functional_arguments, site_nodes
 from dysurgery.verify import (
+    TOLERANCES,
+    in_float64,
     largest_difference,
     layers_differ,
     layers_that_run,
@@ -46,7 +48,8 @@ class Conversion:
         max_abs_diff: largest absolute difference over all output tensors.
         relative_diff: the same relative to the largest output.
         rounding: where that is large, by how much rounding alone changes the outputs of the original: they are choices
-            (the boxes that a detector keeps), and its layers were compared one by one; else 0.
+            (the boxes that a detector keeps) or a network that amplifies, and its layers were compared one by one, or
+            both in float64; else 0.
     """
 
     model: nn.Module
@@ -178,9 +181,15 @@ def carry_out(plan: Plan, model: nn.Module, *, in_place: bool = False) -> Conver
             # An output may be a choice, such as the boxes that a detector keeps: rounding then makes another one.
             layers = {path: result.get_submodule(path) for path in paths}
             put(False)
+            exact = None
             if layers_differ(model, layers, inputs) <= allowed:
                 rounding = largest_difference(expected, [rounded(model, paths, inputs)])[1]
+                if not relative <= 10 * rounding:
+                    exact = in_float64(model, inputs)
             put(True)
+            if exact is not None and (found := in_float64(result, inputs)) is not None:
+                apart = largest_difference(exact, found)[1]
+                rounding = relative if apart <= max(TOLERANCES[torch.float64], 1e-4 * relative) else rounding
         if not relative <= max(allowed, 10 * rounding):
             raise DysurgeryError(
                 f"the converted {type(model).__name__} computes something else: its outputs differ by {absolute:.2e} "

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from dysurgery.errors import DysurgeryError
 from dysurgery.example import Example, batch_size, called, numbers, run, shadow, tensors
-from dysurgery.nn import DynamicLayer
+from dysurgery.nn import DynamicLayer, duplicate
 
 # Largest difference that rounding explains, relative to the largest output.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -74,6 +74,15 @@ def rounded(model: nn.Module, paths: Iterable[str], inputs: Example) -> Any:
     for path in paths:
         copied.get_submodule(path).register_forward_hook(round_otherwise)
     return run(copied, inputs)
+
+
+def in_float64(model: nn.Module, inputs: Example) -> list[Any] | None:
+    """Return what a copy of ``model`` gives in float64 and eval mode, or None if it does not run in that type."""
+    exact: Example = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    try:
+        return outputs(duplicate(model).double(), exact)
+    except DysurgeryError:  # a type may be written into its code
+        return None
 
 
 def layers_differ(

@@ -201,6 +201,21 @@ def test_an_output_that_rounding_decides_is_verified_layer_by_layer(monkeypatch,
     assert not dynamic_layers(model)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_where_a_sample_of_rounding_explains_too_little_float64_decides(monkeypatch, in_place):
+    monkeypatch.setattr(rewrite, "rounded", lambda model, paths, inputs: rewrite.outputs(model, inputs)[0])
+    model = Chooses()
+    plan = dysurgery.plan(model, IMAGE)
+    done = rewrite.carry_out(plan, copy.deepcopy(model), in_place=in_place)
+    assert done.relative_diff > 1e-3
+    assert done.rounding == done.relative_diff
+    assert {p.dtype for p in done.model.parameters()} == {torch.float32}
+    assert done.model.conv.bank.requires_grad
+    monkeypatch.setattr(rewrite, "in_float64", lambda model, inputs: None)  # it does not run in that type
+    with pytest.raises(DysurgeryError, match="computes something else"):
+        rewrite.carry_out(plan, model, in_place=in_place)
+
+
 def test_a_reference_that_in_place_cannot_reach_is_an_error_and_a_copy_reaches_it():
     class Listed(nn.Module):
         def __init__(self):
