@@ -460,7 +460,8 @@ def check_trains(subject: Subject) -> str:
                 return f"a gradient is not finite at step {step + 1}"
             before = parameter.clone()
             # Relative to its own size: a step by sign, such as Adam's, would leave the equal kernels nearly equal.
-            parameter -= 1e-3 * (parameter.norm() + 0.1) / parameter.grad.norm() * parameter.grad
+            size = parameter.grad.double().norm()  # of tiny gradients it would be zero in float32
+            parameter -= (1e-3 * (parameter.norm() + 0.1) / size * parameter.grad).to(parameter.dtype)
             if not torch.equal(before, parameter):
                 moved.add(parameter)
     backward(subject.static, subject.training, seed=0)

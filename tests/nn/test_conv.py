@@ -293,6 +293,25 @@ def test_compiled_without_a_graph_break_and_not_again_when_tau_changes(batch):
             torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_compiled_once_more_for_one_image_and_once_for_all_other_batches():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    wide = DynamicConv2d(128, 128, 3, padding=1)  # in tiles on a CPU
+    model = nn.Sequential(DynamicConv2d(8, 128, 1), wide, DynamicConv2d(128, 128, 3, groups=128)).eval()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for batch in (8, 1, 4, 3, 16, 2, 40):
+            x = torch.randn(batch, 8, 6, 6)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 3
+    assert any("dysurgery" in str(node.target) for node in graphs[-1].graph.nodes)
+
+
 def test_under_copies_the_attention_wakes_up_after_one_step_and_under_zero_sum_at_once():
     x = torch.randn(4, 6, 7, 7, dtype=torch.float64)
 
