@@ -1,7 +1,8 @@
 """The fastest way of every dynamic layer on this machine: measured, not guessed as by the default chooser.
 
-What was found is an attribute of each layer (:class:`dysurgery.nn.execution.Tuned`), which copies and
-:func:`dysurgery.save` keep; it counts for the device, threads, type, layout, shape and mode that were measured.
+Where another way than the default is faster, that is an attribute of the layer (:class:`dysurgery.nn.execution.Tuned`),
+which copies and :func:`dysurgery.save` keep; it counts for the device, threads, type, layout, shape and mode that were
+measured.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from dysurgery.layerwise import Call, layer_calls, measured_step, twin_of
 from dysurgery.nn import duplicate
 from dysurgery.nn.conv import DynamicConvNd
 from dysurgery.nn.execution import WAYS, Geometry, Situation, Tuned, choose, covers
+
+WORTH = 0.9
+"""A way has to take less than this of the default's time: a layer alone finds more in the cache than in a network."""
 
 
 def autotune(
@@ -55,19 +59,23 @@ def autotune(
         raise UsageError("no dynamic convolution is called on the example: convert the model first (dysurgery.convert)")
     keys = [_key(layer, call) for _, layer, call in sites]
     share = seconds / len(set(keys))
-    known: dict[tuple[object, ...], tuple[Situation, str]] = {}
+    known: dict[tuple[object, ...], tuple[Situation, str, str]] = {}
     found: dict[str, dict[Situation, str]] = {}
+    better: dict[str, dict[Situation, str]] = {}
     with no_collection():
         for (path, layer, call), key in zip(sites, keys, strict=True):
             if key not in known:
                 known[key] = _fastest(layer, call, train, share)
-            situation, way = known[key]
+            situation, way, default = known[key]
             found.setdefault(path, {})[situation] = way
-    for path, ways in found.items():
+            better.setdefault(path, {})[situation] = way if way != default else ""
+    for path, changes in better.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, DynamicConvNd)
-        before = layer.chooser.ways if isinstance(layer.chooser, Tuned) else {}
-        layer.chooser = Tuned({**before, **ways})
+        ways = {**(layer.chooser.ways if isinstance(layer.chooser, Tuned) else {}), **changes}
+        vars(layer).pop("chooser", None)  # the default asks for less, and at batch 1 every microsecond counts
+        if ways := {situation: way for situation, way in ways.items() if way}:
+            layer.chooser = Tuned(ways)
     return {path: {str(situation): way for situation, way in ways.items()} for path, ways in found.items()}
 
 
@@ -99,29 +107,30 @@ def _key(layer: DynamicConvNd, call: Call) -> tuple[object, ...]:
     return type(layer), *geometry, layer.padding_mode, layer.k, layer.bias_bank is None, call
 
 
-def _fastest(original: DynamicConvNd, call: Call, train: bool, seconds: float) -> tuple[Situation, str]:
-    """Return the situation that ``original`` is in when called like that, and its fastest way then."""
+def _fastest(original: DynamicConvNd, call: Call, train: bool, seconds: float) -> tuple[Situation, str, str]:
+    """Return the situation that ``original`` is in when called like that, its fastest way then, and the default."""
     mode = "train" if train else "infer"
     layer = duplicate(original).train(train)  # whose gradients may be cleared
     for module in layer.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     x = call.inputs()
-    asked: list[tuple[Situation, list[str]]] = []
+    asked: list[tuple[Situation, list[str], str]] = []
 
     def ask(x: torch.Tensor, geometry: Geometry, train: bool = False) -> str:
         ways = [way for way in WAYS if way != "one by one" and covers(way, x, geometry)]
-        asked.append((Situation.of(x, train), ways))
-        return choose(x, geometry, train)
+        asked.append((Situation.of(x, train), ways, choose(x, geometry, train)))
+        return asked[-1][-1]
 
     steps = {}
     layer.chooser = ask
     measured_step(mode, layer, layer, [x])()
-    situation, ways = asked[0]
+    situation, ways, default = asked[0]
     for way in ways:
         twin = twin_of(layer)
         assert isinstance(twin, DynamicConvNd)
         twin.chooser = lambda x, geometry, train=False, way=way: way  # type: ignore[misc]
         steps[way] = measured_step(mode, twin, twin, [x])
-    times = in_turns(steps, x.device, seconds=seconds)
-    return situation, min(times, key=lambda way: median(times[way]))
+    times = {way: median(found) for way, found in in_turns(steps, x.device, seconds=seconds).items()}
+    best = min(times, key=lambda way: times[way])
+    return situation, best if times[best] < WORTH * times[default] else default, default

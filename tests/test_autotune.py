@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -38,6 +39,16 @@ def dynamic():
     return network
 
 
+@pytest.fixture
+def always_each(monkeypatch):
+    """As if "each" were the fastest way everywhere."""
+
+    def fastest(layer, call, train, seconds):
+        return Situation.of(call.inputs(), train), "each", "grouped"
+
+    monkeypatch.setattr(sys.modules["dysurgery.autotune"], "_fastest", fastest)
+
+
 def gone(network, x):
     """The way that each layer goes for x."""
     seen, network = {}, copy.deepcopy(network)
@@ -69,7 +80,7 @@ def test_equal_layers_are_measured_once_and_go_the_same_way(dynamic):
     assert found["first"] == found["second"]
 
 
-def test_the_choice_is_for_the_situation_that_was_measured_and_adds_up(dynamic):
+def test_the_choice_is_for_the_situation_that_was_measured_and_adds_up(dynamic, always_each):
     for ways in (slice(0, 2), slice(0, 3)):
         dysurgery.autotune(dynamic, IMAGES[ways], seconds=0.1)
     dysurgery.autotune(dynamic.train(), IMAGES, seconds=0.1)
@@ -94,7 +105,7 @@ def test_training_leaves_statistics_gradients_and_hooks_alone(dynamic):
     assert all(torch.equal(p.grad, gradients[name]) for name, p in dynamic.named_parameters())
 
 
-def test_copies_and_saved_folders_keep_it(dynamic, tmp_path):
+def test_copies_and_saved_folders_keep_it(dynamic, tmp_path, always_each):
     dysurgery.autotune(dynamic, IMAGES, seconds=0.1)
     ways = ways_of(dynamic)
     assert ways.keys() == {"first", "second", "point"}
@@ -127,12 +138,26 @@ def test_a_situation_is_text_and_back():
     assert Situation.parse(str(situation)) == situation
 
 
-def test_under_compile_the_measured_way_is_not_asked_for(dynamic):
+def test_under_compile_the_measured_way_is_not_asked_for(dynamic, always_each):
     dysurgery.autotune(dynamic, IMAGES, seconds=0.1)
     assert isinstance(dynamic.first.chooser, Tuned)
     with torch.no_grad():
         compiled = torch.compile(dynamic, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(IMAGES), dynamic(IMAGES), rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_whose_default_is_the_fastest_keeps_the_default_chooser(dynamic, monkeypatch, always_each):
+    dysurgery.autotune(dynamic, IMAGES)
+    assert isinstance(dynamic.first.chooser, Tuned)
+
+    def default(layer, call, train, seconds):
+        return Situation.of(call.inputs(), train), "grouped", "grouped"
+
+    monkeypatch.setattr(sys.modules["dysurgery.autotune"], "_fastest", default)
+    found = dysurgery.autotune(dynamic, IMAGES)
+    assert [*found["first"].values()] == ["grouped"]
+    assert ways_of(dynamic) == {}
+    assert dynamic.first.chooser is choose
 
 
 def test_errors_say_what_to_do(dynamic):

@@ -264,7 +264,7 @@ def test_the_tradeoff_is_drawn_with_what_is_known(found):
 
 def test_autotuned_layers_go_the_way_that_was_measured(dynamic, monkeypatch):
     def each(layer, call, train, seconds):
-        return Situation.of(call.inputs(), train), "each"
+        return Situation.of(call.inputs(), train), "each", "grouped"
 
     monkeypatch.setattr(sys.modules["dysurgery.autotune"], "_fastest", each)
     found = run_bench(dynamic, SIZE, batches=(2,), layouts=("nchw",), seconds=0.01, autotune=True)

@@ -12,6 +12,7 @@ from tiny import net
 import dysurgery
 from dysurgery import DysurgeryError, UsageError
 from dysurgery.autotune import ways_of
+from dysurgery.nn.execution import Situation
 from dysurgery.train.loop import Interrupted, train
 from dysurgery.train.recipe import Augment, Temperature
 from dysurgery.train.state import STATE, differences, read_state, write_state
@@ -55,6 +56,10 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_weights_and_history(job
 
 
 def test_the_ways_that_were_measured_once_stay_for_the_whole_run(job, tmp_path, monkeypatch):
+    def fastest(layer, call, train, seconds):
+        return Situation.of(call.inputs(), train), "each", "grouped"
+
+    monkeypatch.setattr(sys.modules["dysurgery.autotune"], "_fastest", fastest)
     with pytest.raises(Interrupted):
         train(job(dynamic(), autotune=True, folder=tmp_path, asked_to_stop=stopping_after(4)))
     ways = read_state(tmp_path)["ways"]
