@@ -130,7 +130,7 @@ def draw(benches: dict[str, Any]) -> None:
     axis.axvline(1, color="gray", linewidth=0.8)
     axis.invert_yaxis()
     axis.set_xlabel("time relative to the static network, each in its best layout")
-    axis.legend(loc="lower right", fontsize=8)
+    axis.legend(loc="upper right", fontsize=8)
     figure.savefig(HERE / "latency.png", dpi=110)
     plt.close(figure)
 
