@@ -4,9 +4,9 @@ The way of a model: :mod:`models` (a name becomes a model), :mod:`trace` (its co
 them), :mod:`plan` (what would be done, at what cost), :mod:`choose` (what of it under a budget), :mod:`rewrite` (the
 surgery, verified), :mod:`cost` (what it costs now), :mod:`train` (fine-tuning), :mod:`probe` (what the attention does),
 :mod:`fuse` (BatchNorm into the banks) and :mod:`demote` (what need not be dynamic is static again) for inference,
-:mod:`bench` (how fast it is), :mod:`autotune` (the fastest way of each layer on this machine), :mod:`checkpoint` (to disk
-and back), :mod:`export` (to ONNX and torch.export), :mod:`hub` (to the Hugging Face hub), :mod:`page` (a report to look
-at). The operator is in :mod:`nn`.
+:mod:`bench` (how fast it is), :mod:`autotune` (the fastest way of each layer on this machine), :mod:`checkpoint` (to
+disk and back), :mod:`export` (to ONNX and torch.export), :mod:`hub` (to the Hugging Face hub), :mod:`page` (a report to
+look at). The operator is in :mod:`nn`.
 """
 
 from dysurgery._version import __version__

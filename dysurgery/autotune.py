@@ -15,7 +15,7 @@ from torch import nn
 from dysurgery.errors import UsageError
 from dysurgery.example import Example, run, shadow
 from dysurgery.latency import in_turns, no_collection
-from dysurgery.layerwise import Call, layer_calls, measured_step, twin_of
+from dysurgery.layerwise import LAYOUTS, Call, layer_calls, measured_step, twin_of
 from dysurgery.nn import duplicate
 from dysurgery.nn.conv import DynamicConvNd
 from dysurgery.nn.execution import WAYS, Geometry, Situation, Tuned, choose, covers
@@ -130,7 +130,11 @@ def _fastest(original: DynamicConvNd, call: Call, train: bool, seconds: float) -
         twin = twin_of(layer)
         assert isinstance(twin, DynamicConvNd)
         twin.chooser = lambda x, geometry, train=False, way=way: way  # type: ignore[misc]
-        steps[way] = measured_step(mode, twin, twin, [x])
+        with torch.no_grad():
+            kept = twin(x).is_contiguous(memory_format=LAYOUTS[call.layout]) if x.dim() == 4 else True
+        # What comes out in another layout makes the layers behind it slower, which cannot be seen here.
+        if kept or way == default:
+            steps[way] = measured_step(mode, twin, twin, [x])
     times = {way: median(found) for way, found in in_turns(steps, x.device, seconds=seconds).items()}
     best = min(times, key=lambda way: times[way])
     return situation, best if times[best] < WORTH * times[default] else default, default

@@ -160,6 +160,20 @@ def test_a_layer_whose_default_is_the_fastest_keeps_the_default_chooser(dynamic,
     assert dynamic.first.chooser is choose
 
 
+def test_a_way_that_leaves_channels_last_is_not_taken(dynamic, monkeypatch):
+    def in_turns(steps, device, *, seconds):
+        measured.append(set(steps))
+        return {way: [float(way != "grouped")] for way in steps}  # as if it were the fastest by far
+
+    measured = []
+    monkeypatch.setattr(sys.modules["dysurgery.autotune"], "in_turns", in_turns)
+    assert {*dysurgery.autotune(dynamic, IMAGES)["first"].values()} == {"grouped"}
+    last = IMAGES.contiguous(memory_format=torch.channels_last)
+    found = dysurgery.autotune(dynamic.to(memory_format=torch.channels_last), last)
+    assert {*found["first"].values()} == {"stacked"}
+    assert all("grouped" not in ways for ways in measured[2:])
+
+
 def test_errors_say_what_to_do(dynamic):
     with pytest.raises(UsageError, match="convert the model first"):
         dysurgery.autotune(Net(), IMAGES.float())
