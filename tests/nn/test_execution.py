@@ -250,6 +250,22 @@ def test_tiles_are_one_node_of_a_compiled_graph_with_the_same_values_and_gradien
     torch.library.opcheck(torch.ops.dysurgery.tiled, (LAYOUTS[layout](x.detach()), *rest, *tile))
 
 
+@pytest.mark.parametrize("way", ["matmul", "products"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_on_maps_of_few_positions_are_the_same(way, bias):
+    torch.manual_seed(0)
+    geometry = Geometry((300, 20, 1, 1), (1, 1), (0, 0), (1, 1), 1)
+    x, pi, bank = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 20, 3, 3), (3, 2), (2, 6000)))
+    tensors = [x, pi, bank, *([torch.randn(2, 300, dtype=torch.float64)] if bias else [])]
+    arguments = [t.requires_grad_() for t in tensors] + [None] * (not bias)
+    y, reference = (WAYS[name](*arguments, geometry) for name in (way, "grouped"))
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(y)
+    for a, b in zip(*(torch.autograd.grad(out, tensors, direction) for out in (y, reference)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("way", TILED)
 def test_tiles_keep_no_mixed_kernels_for_the_backward_pass(way):
     tensors, geometry = inputs(way)
