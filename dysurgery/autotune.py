@@ -14,7 +14,7 @@ from torch import nn
 
 from dysurgery.errors import UsageError
 from dysurgery.example import Example, run, shadow
-from dysurgery.latency import in_turns, no_collection
+from dysurgery.latency import check_seconds, in_turns, no_collection
 from dysurgery.layerwise import LAYOUTS, Call, layer_calls, measured_step, twin_of
 from dysurgery.nn import duplicate
 from dysurgery.nn.conv import DynamicConvNd
@@ -44,8 +44,7 @@ def autotune(
         UsageError: for a model without dynamic convolutions, or no time.
         DysurgeryError: if it does not run on the example.
     """
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"the seconds to spend are more than 0, got {seconds:g}")
+    check_seconds(seconds)
     train = model.training if train is None else train
     copied = shadow(model)  # as a forward in training would move statistics
     calls = layer_calls(copied, lambda: run(copied, example))
@@ -60,23 +59,23 @@ def autotune(
     keys = [_key(layer, call) for _, layer, call in sites]
     share = seconds / len(set(keys))
     known: dict[tuple[object, ...], tuple[Situation, str, str]] = {}
-    found: dict[str, dict[Situation, str]] = {}
-    better: dict[str, dict[Situation, str]] = {}
+    found: dict[str, dict[Situation, tuple[str, str]]] = {}
     with no_collection():
         for (path, layer, call), key in zip(sites, keys, strict=True):
             if key not in known:
                 known[key] = _fastest(layer, call, train, share)
             situation, way, default = known[key]
-            found.setdefault(path, {})[situation] = way
-            better.setdefault(path, {})[situation] = way if way != default else ""
-    for path, changes in better.items():
+            found.setdefault(path, {})[situation] = (way, default)
+    for path, measured in found.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, DynamicConvNd)
-        ways = {**(layer.chooser.ways if isinstance(layer.chooser, Tuned) else {}), **changes}
+        before = layer.chooser.ways if isinstance(layer.chooser, Tuned) else {}
+        kept = {situation: way for situation, way in before.items() if situation not in measured}
+        better = {situation: way for situation, (way, default) in measured.items() if way != default}
         vars(layer).pop("chooser", None)  # the default asks for less, and at batch 1 every microsecond counts
-        if ways := {situation: way for situation, way in ways.items() if way}:
-            layer.chooser = Tuned(ways)
-    return {path: {str(situation): way for situation, way in ways.items()} for path, ways in found.items()}
+        if kept or better:
+            layer.chooser = Tuned(kept | better)
+    return {path: {str(situation): way for situation, (way, _) in each.items()} for path, each in found.items()}
 
 
 def ways_of(model: nn.Module) -> dict[str, dict[str, str]]:

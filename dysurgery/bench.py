@@ -23,7 +23,7 @@ from dysurgery.cost import cost
 from dysurgery.demote import freeze
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean, sentence
 from dysurgery.fuse import fuse
-from dysurgery.latency import in_turns, no_collection, wait
+from dysurgery.latency import check_seconds, in_turns, no_collection, wait
 from dysurgery.layerwise import LAYOUTS, layer_calls, measured_step, twin_of
 from dysurgery.nn import DynamicLayer, duplicate
 from dysurgery.nn.conv import DynamicConvNd
@@ -286,8 +286,7 @@ def _check(batches: Sequence[int], layouts: Sequence[str], threads: int | None, 
         raise UsageError(f"no layout was given: expected {' or '.join(LAYOUTS)}")
     if threads is not None and threads < 1:
         raise UsageError(f"the number of threads is 1 or more, got {threads}")
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"the seconds to spend are more than 0, got {seconds:g}")
+    check_seconds(seconds)
 
 
 def _images(batch: int, input_size: tuple[int, ...], setting: _Setting) -> Tensor:

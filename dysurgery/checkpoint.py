@@ -198,8 +198,10 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
     if not isinstance(data, dict) or found not in READABLE:
         newer = ", which a newer version of dysurgery wrote" if isinstance(found, int) and found > FORMAT else ""
         raise DysurgeryError(f"{path} is no dysurgery config of format {FORMAT} or older (found {found!r}{newer})")
-    older: dict[str, Any] = {"static": [], "biases": [], "norms": [], "ways": {}}
-    data = older | data
+    if found < 2:
+        data |= {"static": [], "biases": [], "norms": []}
+    if found < 3:
+        data |= {"ways": {}}
     try:
         size = data["input_size"]
         return Config(

@@ -12,10 +12,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from dysurgery.errors import UsageError
+
 Name = TypeVar("Name")
 
 ROUNDS = 5
 """At least so many, however long they take."""
+
+
+def check_seconds(seconds: float) -> None:
+    """Refuse a time that cannot be spent.
+
+    Raises:
+        UsageError: for none, or for ever.
+    """
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"the seconds to spend are more than 0, got {seconds:g}")
 
 
 def in_turns(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dysurgery.example import tensors
 from dysurgery.nn import DynamicLayer, duplicate
+from dysurgery.verify import channels_last
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -54,8 +55,7 @@ def layer_calls(network: nn.Module, step: Callable[[], object]) -> dict[str, lis
 
             def note(module: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
                 x = args[0]
-                last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-                call = Call(tuple(x.shape), "nhwc" if last else "nchw", x.dtype, x.device, x.requires_grad)
+                call = Call(tuple(x.shape), "nhwc" if channels_last(x) else "nchw", x.dtype, x.device, x.requires_grad)
                 seen.setdefault(path, []).append(call)
 
             hooks.append(module.register_forward_pre_hook(note))

@@ -32,7 +32,7 @@ def random_batch(model: nn.Module, example: Example, seed: int) -> Example:
         if not tensor.is_floating_point():
             return tensor.expand(shape) if tensor.dim() and tensor.shape[0] == 1 else tensor
         noise = torch.randn(shape, generator=generator, dtype=torch.float32).to(tensor.device, tensor.dtype)
-        return noise.contiguous(memory_format=torch.channels_last) if _channels_last(tensor) else noise
+        return noise.contiguous(memory_format=torch.channels_last) if channels_last(tensor) else noise
 
     def batch_of(count: int) -> Example:
         mapped: Example = pytree.tree_map_only(Tensor, lambda tensor: fresh(tensor, count), example)
@@ -48,7 +48,8 @@ def random_batch(model: nn.Module, example: Example, seed: int) -> Example:
     return batch_of(batch)
 
 
-def _channels_last(tensor: Tensor) -> bool:
+def channels_last(tensor: Tensor) -> bool:
+    """Whether an image tensor is laid out in channels_last, and in no other way as well."""
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
@@ -80,7 +81,7 @@ def in_float64(model: nn.Module, inputs: Example) -> list[Any] | None:
     """Return what a copy of ``model`` gives in float64 and eval mode, or None if it does not run in that type."""
     exact: Example = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
     try:
-        return outputs(duplicate(model).double(), exact)
+        return [run(duplicate(model).double().eval(), exact)]
     except DysurgeryError:  # a type may be written into its code
         return None
 

@@ -31,7 +31,7 @@ here, as they never won: K convolutions with mixed outputs, mixed inputs, shifte
 compiled graph), vmap.
 
 Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
-(K, Cout), y (B, Cout, *size).
+(K, Cout), y (B, Cout, *size').
 """
 
 import math
@@ -43,6 +43,7 @@ from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.nn import functional as F
 
+from dysurgery.nn.rows import compiled
 from dysurgery.nn.rows import product as row_product
 from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, product, tiled
 
@@ -211,7 +212,7 @@ WAYS: dict[str, Way] = {
     "one by one": one_by_one,
 }
 TILED = ("products", "each", "blocks", "columns")
-"""The ways that are no plain operations: for eager mode."""
+"""The ways that are no plain operations."""
 
 
 def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
@@ -254,13 +255,13 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     batch, weights = x.shape[0], math.prod(geometry.weight_shape)
     if batch <= 1 and (train or weights <= _WIDE):  # first, as at batch 1 every microsecond counts
         return "single"
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    plain = x.device.type != "cpu" or not (compiled or _eager())
+    compiling = compiled()
+    plain = x.device.type != "cpu" or not (compiling or _eager())
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
-    large = (MAX_SAMPLES if compiled else batch) * weights * x.element_size() > 4 * MIB
+    large = (MAX_SAMPLES if compiling else batch) * weights * x.element_size() > 4 * MIB
     if covers("matmul", x, geometry) and batch > 1:
         # Several threads share one product better than the tiles of one.
-        tiles = compiled or train or torch.get_num_threads() == 1
+        tiles = compiling or train or torch.get_num_threads() == 1
         return "products" if large and not plain and tiles else "matmul"
     if plain or not covers("each", x, geometry):
         return "single" if batch <= 1 else "grouped"
@@ -272,7 +273,7 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     if wide:
         return "columns" if last or train else "blocks"
     if geometry.groups == 1:
-        if large or (last and (compiled or x.numel() > 2**19)):
+        if large or (last and (compiling or x.numel() > 2**19)):
             return "each"
         return "stacked" if last else "grouped"
     if not last:

@@ -27,7 +27,11 @@ def linear(row: Tensor, layer: nn.Linear) -> Tensor:
     return (row.unsqueeze(1) * layer.weight).sum(dim=-1) + layer.bias
 
 
+def compiled() -> bool:
+    """Whether torch.compile reads this, and not torch.export."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def _fuses(row: Tensor) -> bool:
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     # Only one row: of more each would read the matrix again.
-    return compiling and row.shape[0] == 1 and row.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return compiled() and row.shape[0] == 1 and row.device.type == "cpu" and not torch.is_autocast_enabled("cpu")

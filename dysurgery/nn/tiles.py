@@ -39,7 +39,7 @@ class Tiling(NamedTuple):
 
     @property
     def per_row(self) -> int:
-        """N."""
+        """Return n, see the top of this file."""
         return math.prod(self.weight_shape[1:])
 
     def chunks(self, batch: int) -> Iterator[slice]:
@@ -162,19 +162,14 @@ def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tili
     return y
 
 
-def output_size(
-    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """Return the size of the map that a convolution makes of one of this size, axis by axis."""
-    return [
-        (length + 2 * around - step * (positions - 1) - 1) // hop + 1
-        for length, positions, hop, around, step in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
-
-
 def _output(x: Tensor, tiling: Tiling) -> Tensor:
     """Return room for y."""
-    size = output_size(x.shape[2:], tiling.weight_shape[2:], tiling.stride, tiling.padding, tiling.dilation)
+    size = (
+        (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for length, padding, dilation, kernel, stride in zip(
+            x.shape[2:], tiling.padding, tiling.dilation, tiling.weight_shape[2:], tiling.stride, strict=True
+        )
+    )
     return _empty(x, (x.shape[0], tiling.weight_shape[0], *size))
 
 
