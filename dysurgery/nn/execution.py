@@ -21,20 +21,23 @@ each      a convolution for each sample, kernels of 8 samples at a time   large 
 blocks    the same for 128 output channels at a time                      wide dense layers on small maps, NCHW
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
                                                                           or for one sample
+outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
+fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
 
 ``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``each``, ``blocks`` and ``columns`` keep no
 mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one node of the graph,
 under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are plain operations.
-The thresholds were measured on one core with AVX-512 in float32, at batch 8 and for the small dense ones at 64. Not
-here, as they never won: K convolutions with mixed outputs, mixed inputs, shifted sums (neither as one loop of a
-compiled graph), vmap.
+The thresholds were measured on one core with AVX-512 in float32, at batch 8 and for the small dense ones at 64.
+``outputs`` and ``fused`` are for a GPU, where nothing was measured yet: :func:`dysurgery.autotune` tries them there.
+Not here, as they never won: mixed inputs, shifted sums (neither as one loop of a compiled graph), vmap.
 
 Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, weights of one kernel), bias_bank
 (K, Cout), y (B, Cout, *size').
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -42,10 +45,11 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import scan
 from torch.nn import functional as F
+from torch.utils._triton import has_triton
 
 from dysurgery.nn.rows import compiled
 from dysurgery.nn.rows import product as row_product
-from dysurgery.nn.tiles import MAX_SAMPLES, Tiling, is_last, product, tiled
+from dysurgery.nn.tiles import FUSED, MAX_SAMPLES, Tiling, is_last, product, tiled
 
 
 class Geometry(NamedTuple):
@@ -163,6 +167,26 @@ def columns(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
     return tiled(x, pi, bank, bias_bank, _tiling("columns", 64, geometry))
 
 
+def outputs(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """One ordinary convolution with all K kernels, whose outputs are mixed: K times the Mult-Adds, in one call."""
+    k, (rows, *kernel), groups = bank.shape[0], geometry.weight_shape, geometry.groups
+    # A group of the convolution holds that group of all kernels.
+    weight = bank.view(k, groups, rows // groups, *kernel).transpose(0, 1).reshape(k * rows, *kernel)
+    y = _convolution(x, weight, None, geometry, groups)
+    batch, _, *size = y.shape
+    each = y.view(batch, groups, k, rows // groups, *size)
+    weights = pi.to(y.dtype).view(batch, 1, k, *(1 for _ in range(each.dim() - 3)))
+    mixed = (each * weights).sum(dim=2).view(batch, rows, *size)
+    if bias_bank is not None:
+        mixed = mixed + mix(pi, bias_bank).to(y.dtype).view(batch, rows, *(1 for _ in size))
+    return mixed.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and is_last(x) else mixed
+
+
+def fused(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """An implicit GEMM that mixes the bank as it goes, on a GPU."""
+    return tiled(x, pi, bank, bias_bank, _tiling(FUSED, geometry.out_channels, geometry))
+
+
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
@@ -209,9 +233,11 @@ WAYS: dict[str, Way] = {
     "each": each,
     "blocks": blocks,
     "columns": columns,
+    "outputs": outputs,
+    "fused": fused,
     "one by one": one_by_one,
 }
-TILED = ("products", "each", "blocks", "columns")
+TILED = ("products", "each", "blocks", "columns", "fused")
 """The ways that are no plain operations."""
 
 
@@ -226,9 +252,18 @@ def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
         return _is_product(geometry)
     if way in ("grouped", "one by one"):
         return True
+    if way == "outputs":
+        return not geometry.transposed
+    if way == "fused" and not _has_triton(x):
+        return False
     if len(geometry.stride) != 2 or geometry.transposed or padding is None or x.numel() == 0:
         return False
     return way in ("each", "stacked") or geometry.groups == 1
+
+
+def _has_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels run on the device of x: on a GPU, or in the interpreter."""
+    return has_triton() if x.device.type == "cuda" else bool(os.environ.get("TRITON_INTERPRET"))
 
 
 def _is_product(geometry: Geometry) -> bool:

@@ -25,7 +25,7 @@ class Tiling(NamedTuple):
     """A convolution in integers only, not transposed, and the size of its tiles."""
 
     engine: str
-    """A name in :data:`ENGINES`."""
+    """A name in :data:`ENGINES`, or :data:`FUSED`."""
     rows: int
     """Output channels of a tile; all of them if groups > 1."""
     samples: int
@@ -152,6 +152,11 @@ def _tiling(engine: str, rows: int, samples: int, *rest: Any) -> Tiling:
 
 def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling: Tiling) -> Tensor:
     y = _output(x, tiling)
+    if tiling.engine == FUSED:
+        from dysurgery.nn import fused  # Triton does not come with every torch
+
+        fused.forward(x, pi, bank, bias_bank, y, tiling)
+        return y
     bias = None if bias_bank is None else pi @ bias_bank
     buffer = tiling.buffer(x.shape[0], bank)
     for samples in tiling.chunks(x.shape[0]):
@@ -185,6 +190,15 @@ def _backward(
         gbias_bank = pi.mT @ gbias if wanted[3] else None
         if gpi is not None:
             gpi.addmm_(gbias, bias_bank.mT)
+    if tiling.engine == FUSED:
+        from dysurgery.nn import fused
+
+        if gx is not None:
+            fused.input_gradient(gy, pi, bank, gx, tiling)
+        if wanted[1] or wanted[2]:
+            mixed, gbank = fused.kernel_gradients(gy, x, pi, bank, tiling)
+            gpi = None if gpi is None else gpi.add_(mixed)
+        return gx, gpi, gbank if wanted[2] else None, gbias_bank
     buffer = tiling.buffer(x.shape[0], bank)
     gbuffer = torch.empty_like(buffer) if wanted[1] or wanted[2] else None
     for samples in tiling.chunks(x.shape[0]):
@@ -401,3 +415,6 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None
 
 ENGINES: dict[str, Any] = {"each": Each, "product": Product, "columns": Columns}
 """What convolves with a tile of mixed kernels; the methods of all are those of :class:`Each`."""
+
+FUSED = "fused"
+"""The engine that is no loop over tiles but one GPU kernel: :mod:`dysurgery.nn.fused`."""
