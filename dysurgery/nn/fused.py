@@ -99,6 +99,7 @@ def _launch(
 
 
 def _constants(x: Tensor, block: Block, tiling: Tiling) -> dict[str, Any]:
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return {
         "TAPS_H": tiling.weight_shape[2],
         "TAPS_W": tiling.weight_shape[3],
@@ -106,7 +107,7 @@ def _constants(x: Tensor, block: Block, tiling: Tiling) -> dict[str, Any]:
         "N": block.out_channels,
         "C": block.channels,
         "ACCUMULATOR": tl.float64 if _accumulator(x) == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee",
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
     }
 
 
