@@ -1,7 +1,6 @@
 """``dysurgery bench``: a dynamic network beside its static counterpart and beside what others do, measured here."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +8,7 @@ from dysurgery.cli import tables
 from dysurgery.cli.options import (
     make_plan,
     model_options,
+    network_of,
     numbers,
     open_for_figures,
     output_options,
@@ -26,7 +26,7 @@ from dysurgery.files import read_json, write_atomically
 from dysurgery.models import BuiltModel
 from dysurgery.nn import DynamicLayer
 from dysurgery.rewrite import carry_out
-from dysurgery.train.experiment import RESULT, RUN, dynamic_folder
+from dysurgery.train.experiment import RESULT, run_of
 from dysurgery.train.processes import join_processes
 
 
@@ -124,10 +124,9 @@ def bench_command(
 
 def _networks(model: str, options: dict[str, Any]) -> tuple[BuiltModel, nn.Module | None, nn.Module]:
     """Return what MODEL is, its static counterpart (None if that is to be made of it), and the dynamic network."""
-    place = str(dynamic_folder(model)) if Path(model).is_dir() else model
+    place, name = network_of(model)
     built = open_for_figures(place, options)
-    if place != model:
-        built = replace(built, label=Path(model).resolve().name)
+    built = replace(built, label=name or built.label)
     dynamic, given = any(isinstance(module, DynamicLayer) for module in built.model.modules()), shaping_options()
     if dynamic and given:
         raise UsageError(f"{model} is a dynamic network already: drop {given}")
@@ -146,9 +145,9 @@ def _networks(model: str, options: dict[str, Any]) -> tuple[BuiltModel, nn.Modul
 
 def _result(model: str) -> dict[str, Any]:
     """Return ``result.json`` of a run, or of the run that a seed is in."""
-    for place in (Path(model), Path(model).resolve().parent):
-        if (place / RUN).is_file() and (place / RESULT).is_file():
-            return read_json(place / RESULT)
+    run = run_of(model)
+    if run is not None and (run / RESULT).is_file():
+        return read_json(run / RESULT)
     raise UsageError(f"--tradeoff draws the accuracies of a finished run of dysurgery finetune, which {model} is not")
 
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import example_of, model_options, numbers, output_options, write_json
+from dysurgery.cli.options import example_of, model_options, network_of, numbers, output_options, write_json
 
 from dysurgery.checkpoint import open_model, read_config, saved_folder
 from dysurgery.deployed import timings
 from dysurgery.export import BATCHES, FORMATS, check_target
 from dysurgery.export import export as write_file
-from dysurgery.train.experiment import RUN, dynamic_folder
 
 
 @click.command()
@@ -56,9 +55,7 @@ def export(
     """
     console = tables.console(quiet or json_file == "-")
     batches = numbers(batch, "--batch")
-    place, name = model, None
-    if (Path(model) / RUN).is_file():
-        place, name = str(dynamic_folder(model)), Path(model).resolve().name
+    place, name = network_of(model)
     if out is not None:
         check_target(out, format_, force=force)
     with tables.working(f"building {model}", quiet):

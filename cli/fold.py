@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import KeyValue, example_of, output_options, recipe_of, write_json
+from dysurgery.cli.options import KeyValue, check_is_folder, example_of, output_options, recipe_of, write_json
 from torch import nn
 
 from dysurgery.checkpoint import check_target, open_model, read_config, save
@@ -20,7 +20,7 @@ from dysurgery.models import BuiltModel, preprocessing_of
 from dysurgery.nn import DynamicLayer
 from dysurgery.train import Recipe, open_data
 from dysurgery.train.data import val_loader
-from dysurgery.train.experiment import dynamic_folder
+from dysurgery.train.experiment import dynamic_folder, run_of
 from dysurgery.train.head import outputs_of
 from dysurgery.train.processes import join_processes
 
@@ -185,10 +185,8 @@ def _check_options(
 
 def _find(spec: str, overrides: Mapping[str, Any]) -> tuple[Path, str, Recipe]:
     """Return the saved folder, a name for the result, and the recipe that says how data are read."""
-    if not Path(spec).is_dir():
-        raise UsageError(f"there is no folder {spec!r}: give one of dysurgery convert, or a run of dysurgery finetune")
-    path, name = dynamic_folder(spec), Path(spec).resolve().name
-    return path, name, recipe_of(Path(spec), overrides)
+    check_is_folder(spec)
+    return dynamic_folder(spec), Path(spec).resolve().name, recipe_of(run_of(spec), overrides)
 
 
 def _some(classes: Sequence[str]) -> str:

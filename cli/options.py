@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from torch import Tensor
 
 from dysurgery.checkpoint import open_model, saved_folder
-from dysurgery.errors import DysurgeryError, UsageError
+from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.files import read_json
 from dysurgery.models import BuiltModel
 from dysurgery.nn import GATES, STARTS
@@ -21,7 +21,7 @@ from dysurgery.plan import Plan, plan
 from dysurgery.planfile import edited
 from dysurgery.select import KINDS, PRESETS
 from dysurgery.train import Recipe, load_recipe
-from dysurgery.train.experiment import RUN, read_run
+from dysurgery.train.experiment import dynamic_folder, read_run
 from dysurgery.train.recipe import overridden, recipe_from
 
 Command = Callable[..., Any]
@@ -124,11 +124,32 @@ def numbers(text: str, option: str) -> list[int]:
         raise UsageError(f"{option} is numbers separated by commas, such as 1,2,5, got {text!r}") from None
 
 
-def recipe_of(folder: Path | None, overrides: Mapping[str, Any]) -> Recipe:
-    """Return how data are opened: as in the run in ``folder``, if there is one, unless it is said otherwise."""
-    if folder is None or not (folder / RUN).exists():
+def check_is_folder(spec: str) -> None:
+    """Refuse what is no FOLDER|RUN, naming what is near.
+
+    Raises:
+        UsageError: if there is no such folder.
+    """
+    folder = Path(spec)
+    if not folder.is_dir():
+        near = [entry.name for entry in folder.parent.glob("*/")]
+        raise UsageError(
+            f"no folder {spec!r}{did_you_mean(folder.name, near)}: expected a network that dysurgery convert saved, or "
+            "a run of dysurgery finetune"
+        )
+
+
+def network_of(model: str) -> tuple[str, str | None]:
+    """Return where the network of a run is, and the name of the run; any other MODEL as it is, and no name."""
+    place = str(dynamic_folder(model)) if Path(model).is_dir() else model
+    return place, None if place == model else Path(model).resolve().name
+
+
+def recipe_of(run: Path | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Return how data are opened: as in the run, if there is one, unless it is said otherwise."""
+    if run is None:
         return load_recipe("folder", overrides)
-    kept = read_run(folder)["run"]["recipe"]
+    kept = read_run(run)["run"]["recipe"]
     name = kept.pop("name")
     return recipe_from(overridden(kept, overrides, name), name)
 

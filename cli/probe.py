@@ -10,17 +10,17 @@ from typing import Any
 
 import click
 from dysurgery.cli import tables
-from dysurgery.cli.options import KeyValue, output_options, recipe_of, write_json
+from dysurgery.cli.options import KeyValue, check_is_folder, output_options, recipe_of, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dysurgery.checkpoint import CONFIG, open_model, read_config
-from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
+from dysurgery.checkpoint import open_model, read_config
+from dysurgery.errors import UsageError
 from dysurgery.models import BuiltModel
 from dysurgery.probe import BATCH, LAYER_IMAGES, dynamic_layers, probe, unknown_layer
 from dysurgery.probe_pictures import check_folder, save_pictures
 from dysurgery.train import open_images
-from dysurgery.train.experiment import RUN, read_run
+from dysurgery.train.experiment import dynamic_folder, read_run, run_of
 from dysurgery.train.processes import join_processes
 
 
@@ -65,7 +65,7 @@ def probe_command(
     the kernels, reduced to its largest kernel, and shuffled within and across images: in all layers, in those of
     one feature-map resolution, and in one layer alone. What is lost is what the attention does there.
     """
-    found = _find(Path(folder))
+    found = _find(folder)
     recipe = recipe_of(found.run, dict(overrides))
     if out is not None:
         check_folder(out)
@@ -104,36 +104,11 @@ class _Found:
     label: str
 
 
-def _find(folder: Path) -> _Found:
-    """Find the dynamic network that ``folder`` is, or is the run of.
-
-    Raises:
-        UsageError: if it is no folder.
-        DysurgeryError: if there is none in it.
-    """
-    if not folder.is_dir():
-        near = did_you_mean(folder.name, _entries(folder.parent))
-        raise UsageError(f"no folder {folder}{near}: expected a saved dynamic network, or a run of finetune")
-    folder = folder.resolve()
-    run = next((place for place in (folder, *folder.parents[:2]) if (place / RUN).is_file()), None)
-    places = [folder, folder / "dynamic"]
-    if run == folder:
-        seeds = read_run(folder)["run"].get("seeds", [])
-        places += [folder / f"seed-{seed}" / "dynamic" for seed in seeds]
-    place = next((place for place in places if (place / CONFIG).is_file()), None)
-    if place is None and run is not None:
-        raise DysurgeryError(
-            f"the run in {folder} has no dynamic network yet: finish it with dysurgery finetune --out {run} --resume"
-        )
-    if place is None:
-        raise DysurgeryError(f"{folder} is neither a saved network nor a run: it has no {CONFIG} and no {RUN}")
+def _find(folder: str) -> _Found:
+    """Find the dynamic network that ``folder`` is, or is the run of: that of its first seed."""
+    check_is_folder(folder)
+    place, run = dynamic_folder(folder, first_seed=True).resolve(), run_of(folder)
     return _Found(place, run, place.name if run is None else str(place.relative_to(run.parent)))
-
-
-def _entries(folder: Path) -> list[str]:
-    with contextlib.suppress(OSError):
-        return [entry.name for entry in folder.iterdir() if entry.is_dir()]
-    return []
 
 
 def _dynamic(built: BuiltModel, found: _Found) -> list[str]:

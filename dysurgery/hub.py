@@ -23,7 +23,7 @@ from dysurgery.models import is_configured, preprocessing_of
 from dysurgery.page import render
 from dysurgery.report import Report, gather, without_places
 from dysurgery.source import Source
-from dysurgery.train.experiment import RUN, dynamic_folder
+from dysurgery.train.experiment import dynamic_folder
 
 CARD = "README.md"
 
@@ -88,7 +88,7 @@ def push_to_hub(
             if source or input_size or preprocessing or classes:
                 raise UsageError(f"{model} is a folder, which says its own source, size, preprocessing and classes")
             known_of = replace(gather(model), label=folder.name)
-            _copy(dynamic_folder(model) if (Path(model) / RUN).is_file() else Path(model), folder)
+            _copy(dynamic_folder(model), folder)
         (folder / CARD).write_text(card(known_of, repo, license), encoding="utf-8")
         api = huggingface_hub.HfApi(token=token, library_name="dysurgery", library_version=__version__)
         try:

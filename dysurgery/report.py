@@ -100,12 +100,11 @@ def gather(
     run, result, notes = None, None, []
     network, pictures = place, {}
     if (place / RUN).is_file():
-        known = read_run(place)
-        run, seeds = known, known["run"]["seeds"]
+        run = read_run(place)
         if not (place / RESULT).is_file():
             raise DysurgeryError(f"the run in {folder} is not finished: go on with finetune --out {folder} --resume")
         result = read_json(place / RESULT)
-        network = dynamic_folder(place / f"seed-{seeds[0]}" if len(seeds) > 1 else place)
+        network = dynamic_folder(place, first_seed=True)
         notes += result["notes"]
         if (place / CURVES).is_file():
             pictures[CURVES] = (place / CURVES).read_bytes()

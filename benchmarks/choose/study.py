@@ -5,7 +5,9 @@
     python benchmarks/choose/study.py collect RUNS                                # results.json, table of README.md
 
 INPUTS is a folder with ``cifar10/`` (images in train/ and val/), and ``narrow/seed-N/before``: what the row
-``narrow, first defaults`` of ``benchmarks/finetune`` pretrained.
+``narrow, first defaults`` of ``benchmarks/finetune`` pretrained. Rows *from random weights* train that network anew,
+with the plans that were chosen for the pretrained one; their ``full`` and ``control`` are the row ``random`` of
+``benchmarks/finetune``, whose folder is looked for as RUNS/random.
 """
 
 import argparse
@@ -32,9 +34,11 @@ HERE = Path(__file__).parent
 SHARES = {"half": 0.5, "quarter": 0.25}
 RANDOM = 3
 RANDOMS = tuple(f"random {number}" for number in range(RANDOM))
-COMMON = (
-    "--data cifar10 --recipe cifar10-resnet20 --set finetune.channels_last=true --set val_part=odd "
-    "--set train_images=25000 --set finetune.epochs=4 --set finetune.warmup_epochs=0.5"
+COMMON = "--data cifar10 --recipe cifar10-resnet20 --set finetune.channels_last=true --set val_part=odd"
+PRETRAINED = "--set train_images=25000 --set finetune.epochs=4 --set finetune.warmup_epochs=0.5"
+ANEW = ", from random weights"
+RANDOM_WEIGHTS = (
+    "--model-arg width=4 --weights random --set finetune.epochs=8 --set finetune.lr=0.1 --set finetune.warmup_epochs=1"
 )
 
 
@@ -104,10 +108,15 @@ def slug(name: str) -> str:
 
 
 def command(row: str, seed: int, inputs: Path, runs: Path) -> list[str]:
-    control = [] if row == "full" else ["--no-control"]
-    plan = runs / "plans" / f"{slug(row)}-{seed}.json"
-    given = [network(inputs, seed), "--plan", str(plan), *shlex.split(COMMON), "--seeds", str(seed), *control]
+    anew = row.endswith(ANEW)
+    model = ["cifar_resnet20", *shlex.split(RANDOM_WEIGHTS)] if anew else [network(inputs, seed), *PRETRAINED.split()]
+    control = [] if row.removesuffix(ANEW) == "full" else ["--no-control"]
+    given = [*model, "--plan", str(plan_file(row, seed, runs)), *COMMON.split(), "--seeds", str(seed), *control]
     return ["dysurgery", "finetune", *given, "--out", str(runs / slug(row) / f"seed-{seed}")]
+
+
+def plan_file(row: str, seed: int, runs: Path) -> Path:
+    return runs / "plans" / f"{slug(row.removesuffix(ANEW))}-{seed}.json"
 
 
 def run(inputs: Path, runs: Path, rows: list[str], seeds: list[int]) -> None:
@@ -119,21 +128,23 @@ def run(inputs: Path, runs: Path, rows: list[str], seeds: list[int]) -> None:
 
 
 def collect(runs: Path) -> None:
-    """Rewrite results.json and the table of README.md from the runs that are finished."""
+    """Rewrite results.json and the tables of README.md from the runs that are finished."""
     path = HERE / "results.json"
     known = json.loads(path.read_text())["runs"] if path.exists() else []
     found = {(entry["row"], entry["seed"]): entry for entry in known}
     for row in ROWS:
         for seed in range(3):
-            folder = runs / slug(row) / f"seed-{seed}"
-            if not (folder / "result.json").exists():
+            file = runs / slug(row) / f"seed-{seed}" / "result.json"
+            if not file.exists() and row == f"full{ANEW}":
+                file = runs / "random" / "result.json"
+            if not file.exists():
                 continue
-            result = json.loads((folder / "result.json").read_text())
+            result = json.loads(file.read_text())
             for phase in ("control", "dynamic"):
-                epochs = [e for e in result["history"] if e["phase"] == phase]
+                epochs = [e for e in result["history"] if e["phase"] == phase and e["seed"] == seed]
                 if epochs:
-                    name = "control" if phase == "control" else row
-                    plan = json.loads((runs / "plans" / f"{slug(row)}-{seed}.json").read_text())
+                    name = row if phase == "dynamic" else f"control{ANEW if row.endswith(ANEW) else ''}"
+                    plan = json.loads(plan_file(row, seed, runs).read_text())
                     chosen = [entry["path"] for entry in plan["sites"] if entry["decision"] == "dynamic"]
                     last = epochs[-1]
                     found[name, seed] = {
@@ -144,26 +155,30 @@ def collect(runs: Path) -> None:
                         "mult_adds": result["mult_adds"]["static" if phase == "control" else "dynamic"],
                         **{key: last[key] for key in ("loss", "val_loss", "accuracy")},
                     }
-    entries = [found[key] for key in sorted(found, key=lambda key: (["control", *ROWS].index(key[0]), key[1]))]
+    order = [f"{row}{setting}" for setting in ("", ANEW) for row in ("control", *PLANS)]
+    entries = [found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
     path.write_text(json.dumps({"runs": entries}, indent=1) + "\n")
     text = (HERE / "README.md").read_text()
-    before, _, rest = text.partition("<!-- table -->\n")
-    (HERE / "README.md").write_text(before + "<!-- table -->\n" + table(found) + rest[rest.index("<!-- end -->") :])
+    for mark, setting in (("table", ""), ("table from random weights", ANEW)):
+        before, _, rest = text.partition(f"<!-- {mark} -->\n")
+        text = before + f"<!-- {mark} -->\n" + table(found, setting) + rest[rest.index("<!-- end -->") :]
+    (HERE / "README.md").write_text(text)
 
 
-ROWS = ("full", *(f"{way}, {name}" for name in SHARES for way in ("score", "variance", "shape", *RANDOMS)))
+PLANS = ("full", *(f"{way}, {name}" for name in SHARES for way in ("score", "variance", "shape", *RANDOMS)))
+ROWS = (*PLANS, *(f"{row}{ANEW}" for row in PLANS))
 
 
-def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
+def table(found: dict[tuple[str, int], dict[str, Any]], setting: str) -> str:
     lines = [
         "| plan | seeds | sites | params | training loss | **gain kept** | each | accuracy | validation loss |",
         "|" + "---|" * 9,
     ]
-    for row in ("control", *ROWS):
-        entries = [found[row, seed] for seed in range(3) if (row, seed) in found]
+    for row in ("control", *PLANS):
+        entries = [found[row + setting, seed] for seed in range(3) if (row + setting, seed) in found]
         if not entries:
             continue
-        kept = [share(found, entry) for entry in entries]
+        kept = [share(found, entry, setting) for entry in entries]
         known = [value for value in kept if value is not None]
         each = ", ".join(f"{value:.0%}" for value in known) if row not in ("control", "full") else ""
         lines.append(
@@ -178,9 +193,9 @@ def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def share(found: dict[tuple[str, int], dict[str, Any]], entry: dict[str, Any]) -> float | None:
+def share(found: dict[tuple[str, int], dict[str, Any]], entry: dict[str, Any], setting: str) -> float | None:
     """Return how much of the drop in training loss from the control to the full plan a plan keeps."""
-    ends = [found.get((row, entry["seed"])) for row in ("control", "full")]
+    ends = [found.get((row + setting, entry["seed"])) for row in ("control", "full")]
     if ends[0] is None or ends[1] is None:
         return None
     return (ends[0]["loss"] - entry["loss"]) / (ends[0]["loss"] - ends[1]["loss"])

@@ -72,7 +72,8 @@ ROWS: dict[str, dict[str, str]] = {
         "narrow, second defaults": f"{{runs}}/narrow-first_defaults/seed-{{seed}}/before {RESNET20} --seeds {{seed}} "
         f"--set val_part=odd {NARROW} --no-control {SECOND}",
         "narrow, first defaults": f"cifar_resnet20 --model-arg width=4 {CIFAR} {PRETRAIN} {NARROW} {FIRST}=2",
-        "half": f"cifar_resnet20 --model-arg width=8 {CIFAR} {PRETRAIN} {NARROW}",
+        "half, 25 000 images": f"cifar_resnet20 --model-arg width=8 {CIFAR} --set train_images=25000 "
+        f"{PRETRAIN} {NARROW}",
     },
     "4 from random weights": {
         "random": f"cifar_resnet20 --model-arg width=4 --weights random {CIFAR} {NARROW}",

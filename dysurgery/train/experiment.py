@@ -253,22 +253,32 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise DysurgeryError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
-def dynamic_folder(folder: str | os.PathLike[str]) -> Path:
+def run_of(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the run that ``folder`` is, or that one of its seeds or networks is in; None if there is none."""
+    place = Path(folder).resolve()
+    return next((each for each in (place, *place.parents[:2]) if (each / RUN).is_file()), None)
+
+
+def dynamic_folder(folder: str | os.PathLike[str], *, first_seed: bool = False) -> Path:
     """Return where the dynamic network of a run is, or of one seed of it; any other folder as it is.
 
     Raises:
-        UsageError: for a run with several seeds, which has several.
+        UsageError: for a run with several seeds, which has several, unless ``first_seed`` says which.
         DysurgeryError: for a run that is not finished.
     """
     place = Path(folder)
-    seeds = read_run(place)["run"]["seeds"] if (place / RUN).exists() else ()
-    if len(seeds) > 1:
+    seeds: list[int] = read_run(place)["run"]["seeds"] if (place / RUN).is_file() else []
+    if len(seeds) > 1 and first_seed:
+        place = place / f"seed-{seeds[0]}"
+    elif len(seeds) > 1:
         each = ", ".join(str(place / f"seed-{seed}") for seed in seeds)
         raise UsageError(f"{folder} holds a network for each of {len(seeds)} seeds: say which, {each}")
     if (place / "dynamic" / checkpoint.CONFIG).exists():
         return place / "dynamic"
     if seeds:
-        raise DysurgeryError(f"the run in {folder} has no dynamic network yet: finish it with finetune --resume")
+        raise DysurgeryError(
+            f"the run in {folder} has no dynamic network yet: finish it with dysurgery finetune --out {folder} --resume"
+        )
     return place
 
 

@@ -111,10 +111,10 @@ def test_mistakes_are_answered_by_one_sentence(kept, saved, tmp_path, monkeypatc
         write_images(birds / name, 2)
     third = pets / "val" / "wolf"
     cases = [
-        (["nowhere"], 2, "no folder nowhere"),
+        (["nowhere"], 2, "no folder 'nowhere'"),
         (["save"], 2, "did you mean 'saved'"),
         ([saved], 2, "say which images to look at: --data DATA"),
-        ([tmp_path / "empty"], 1, "neither a saved network nor a run"),
+        ([tmp_path / "empty"], 1, "no saved model: it has no config.json"),
         (["static", "--data", "digits"], 2, "static is static"),
         ([kept / "seed-3" / "before"], 2, "before is static"),
         ([saved, "--data", "digits"], 2, "the data has 10 classes and saved has 2 outputs"),
