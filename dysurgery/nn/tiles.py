@@ -183,7 +183,6 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     gx = _empty(x, x.shape) if wanted[0] else None
     gpi = torch.zeros_like(pi) if wanted[1] else None
-    gbank = torch.empty_like(bank) if wanted[2] else None
     gbias_bank = None
     if bias_bank is not None and (wanted[1] or wanted[3]):
         gbias = gy.sum(dim=tuple(range(2, gy.dim())))
@@ -195,10 +194,11 @@ def _backward(
 
         if gx is not None:
             fused.input_gradient(gy, pi, bank, gx, tiling)
-        if wanted[1] or wanted[2]:
-            mixed, gbank = fused.kernel_gradients(gy, x, pi, bank, tiling)
-            gpi = None if gpi is None else gpi.add_(mixed)
-        return gx, gpi, gbank if wanted[2] else None, gbias_bank
+        if gpi is None and not wanted[2]:
+            return gx, None, None, gbias_bank
+        of_pi, of_bank = fused.kernel_gradients(gy, x, pi, bank, tiling)
+        return gx, None if gpi is None else gpi.add_(of_pi), of_bank if wanted[2] else None, gbias_bank
+    gbank = torch.empty_like(bank) if wanted[2] else None
     buffer = tiling.buffer(x.shape[0], bank)
     gbuffer = torch.empty_like(buffer) if wanted[1] or wanted[2] else None
     for samples in tiling.chunks(x.shape[0]):
