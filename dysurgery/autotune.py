@@ -2,7 +2,7 @@
 
 Where another way than the default is faster, that is an attribute of the layer (:class:`dysurgery.nn.execution.Tuned`),
 which copies and :func:`dysurgery.save` keep; it counts for the device, threads, type, layout, shape and mode that were
-measured.
+measured; under torch.compile on a GPU alone.
 """
 
 from collections.abc import Mapping
@@ -76,6 +76,18 @@ def autotune(
         if kept or better:
             layer.chooser = Tuned(kept | better)
     return {path: {str(situation): way for situation, (way, _) in each.items()} for path, each in found.items()}
+
+
+def check_compiled(device: torch.device, autotune: bool, compile: bool) -> None:
+    """Refuse to measure for a compiled network of a CPU.
+
+    Raises:
+        UsageError: as it would be in vain.
+    """
+    if autotune and compile and device.type == "cpu":
+        raise UsageError(
+            "on a CPU a compiled network does not ask for what was measured: autotune or compile, not both"
+        )
 
 
 def ways_of(model: nn.Module) -> dict[str, dict[str, str]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from dysurgery.autotune import autotune as tune
+from dysurgery.autotune import check_compiled
 from dysurgery.cost import cost
 from dysurgery.demote import freeze
 from dysurgery.errors import DysurgeryError, UsageError, did_you_mean, sentence
@@ -194,7 +195,7 @@ def bench(
             for a layer alone is not what runs in the network.
         compile: ``torch.compile`` all of them, anew for each batch.
         autotune: let each dynamic convolution go the way that is fastest here (:func:`dysurgery.autotune`), measured
-            first for each mode, batch and layout, in ``seconds`` each; not with ``compile``.
+            first for each mode, batch and layout, in ``seconds`` each; on a CPU not with ``compile``.
         device: where; None is where ``model`` is.
         dtype: to which networks and images are converted, batch statistics and all; None is that of ``model``.
         threads: that torch computes with on a CPU; None is as many as it has.
@@ -208,12 +209,11 @@ def bench(
     layouts = tuple(dict.fromkeys(layouts))
     if not any(isinstance(module, DynamicLayer) for module in model.modules()):
         raise UsageError("the model has no dynamic layer to measure: convert it first (dysurgery.convert)")
-    if autotune and compile:
-        raise UsageError("a compiled network does not ask for what was measured: autotune or compile, not both")
     if train and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UsageError("there is nothing to train: no parameter of the model requires a gradient")
     like = next(itertools.chain(model.parameters(), model.buffers()))
     setting = _Setting(torch.device(device or like.device), dtype or like.dtype, compile, autotune, seconds)
+    check_compiled(setting.device, autotune, compile)
     example = torch.randn(1, *input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     static = freeze(model) if static is None else static
     mult_adds = (cost(static, example).mult_adds.total, cost(model, example).mult_adds.total)

@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dysurgery
 from dysurgery import DynamicConv2d, UsageError
 from dysurgery.autotune import set_ways, ways_of
-from dysurgery.nn.execution import WAYS, Geometry, Situation, Tuned, choose
+from dysurgery.nn.execution import WAYS, Geometry, Situation, Tuned, choose, convolve
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -138,12 +139,33 @@ def test_a_situation_is_text_and_back():
     assert Situation.parse(str(situation)) == situation
 
 
-def test_under_compile_the_measured_way_is_not_asked_for(dynamic, always_each):
+def test_under_compile_the_measured_way_is_not_asked_for_on_a_cpu(dynamic, always_each):
     dysurgery.autotune(dynamic, IMAGES, seconds=0.1)
     assert isinstance(dynamic.first.chooser, Tuned)
     with torch.no_grad():
         compiled = torch.compile(dynamic, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(IMAGES), dynamic(IMAGES), rtol=1e-12, atol=1e-12)
+
+
+def test_under_compile_a_gpu_goes_the_measured_way_for_the_measured_batch():
+    geometry = Geometry((6, 4, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+    tuned = Tuned({Situation("cuda", 0, "float32", "nchw", (2, 4, 7, 7), "infer"): "outputs"})
+    channels = []
+
+    def backend(graph, _):
+        weights = [node.args[1] for node in graph.graph.nodes if node.target is torch.conv2d]
+        channels.extend(weight.meta["example_value"].shape[0] for weight in weights)
+        return graph
+
+    def run(x, pi, bank):
+        return convolve(x, pi, bank, None, geometry, tuned)
+
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    with FakeTensorMode(), torch.no_grad():  # as there need not be a GPU
+        for batch in (2, 5):
+            shapes = (batch, 4, 7, 7), (batch, 3), (3, 6 * 4 * 9)
+            assert compiled(*(torch.empty(shape, device="cuda") for shape in shapes)).shape == (batch, 6, 7, 7)
+    assert channels == [3 * 6, 5 * 6]  # K * Cout outputs; then five samples side by side, as nobody measured that
 
 
 def test_a_layer_whose_default_is_the_fastest_keeps_the_default_chooser(dynamic, monkeypatch, always_each):

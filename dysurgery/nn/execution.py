@@ -384,8 +384,9 @@ class Tuned:
         self.ways = {situation: way for situation, way in ways.items() if way in WAYS}
 
     def __call__(self, x: Tensor, geometry: Geometry, train: bool = False) -> str:
-        # What is traced runs where nobody measured.
-        way = self.ways.get(Situation.of(x, train)) if _eager() else None
+        # A compiled graph of a GPU runs what was measured, and is another for each batch; that of a CPU does not.
+        measured = _eager() or (compiled() and x.device.type != "cpu")
+        way = self.ways.get(Situation.of(x, train)) if measured else None
         return choose(x, geometry, train) if way is None else way
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dysurgery import checkpoint
 from dysurgery._version import __version__
+from dysurgery.autotune import check_compiled
 from dysurgery.calibrate import calibrate, can_calibrate
 from dysurgery.cost import CostReport, cost
 from dysurgery.errors import DysurgeryError, UsageError
@@ -310,6 +311,7 @@ class _Experiment:
                 "a control has nothing to train with finetune.train='attention', as the static network has none: "
                 "--no-control"
             )
+        check_compiled(self.processes.device, self.recipe.finetune.autotune, self.recipe.finetune.compile)
         possible = not self.came_dynamic and not attention_only
         self.with_control = possible if self.wants_control is None else self.wants_control
         self.preprocessing = {**self.built.preprocessing, "input_size": list(self.built.input_size)}

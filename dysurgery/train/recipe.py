@@ -99,7 +99,7 @@ class Training:
         channels_last: memory format.
         compile: torch.compile the network.
         autotune: let each dynamic convolution go its fastest way here (:func:`dysurgery.autotune`), measured at first;
-            not with ``compile``.
+            on a CPU not with ``compile``.
         workers: processes that load images, for each training process.
     """
 
@@ -146,8 +146,6 @@ class Training:
         for name in ("label_smoothing", "ema_decay"):
             if getattr(self, name) >= 1:
                 raise UsageError(f"{name} is below 1, got {getattr(self, name)}")
-        if self.autotune and self.compile:
-            raise UsageError("a compiled network does not ask for what was measured: set autotune or compile, not both")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise UsageError(f"warmup_epochs is below epochs, got {self.warmup_epochs:g} of {self.epochs}")
         if self.sched == "plateau" and self.sched_on == "step":

@@ -183,6 +183,12 @@ def test_what_is_missing_is_named():
         finetune(net(), image_data(), folder_recipe(), device="gpu")
 
 
+def test_on_a_cpu_ways_are_not_measured_for_a_compiled_network(tmp_path):
+    with pytest.raises(UsageError, match=r"on a CPU .* autotune or compile, not both"):
+        finetune(recipe=digits(finetune__autotune=True, finetune__compile=True), device="cpu", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_where_only_dynamic_layers_train_the_control_trains_those_that_became_dynamic():
     outcome = finetune(recipe=digits(finetune__train="dynamic", finetune__epochs=1))
     start = finetune(recipe=digits(finetune__train="dynamic", finetune__epochs=1, finetune__lr=0.0)).control
