@@ -13,11 +13,16 @@ single    one ordinary convolution                                        one sa
 matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB
 products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that, with one thread
                                                                           or in training
-grouped   one convolution of B * groups groups, what everyone does        NCHW: small depthwise, dense with kernels of
-                                                                          the batch to 4 MiB; whatever no other way
-                                                                          covers; a GPU
-stacked   the same with the samples side by side in channels_last         channels_last: small depthwise and dense
-each      a convolution for each sample, kernels of 8 samples at a time   large depthwise, channels_last, dense
+grouped   one convolution of B * groups groups, what everyone does        NCHW: depthwise to 2 million values, dense
+                                                                          with kernels of the batch to 6 MiB;
+                                                                          whatever no other way covers; a GPU
+returned  the same and back to channels_last                              channels_last, in training: narrow dense on
+                                                                          small maps, depthwise of 5x5
+stacked   the same with the samples side by side in channels_last         channels_last: depthwise to a million values,
+                                                                          dense to a quarter of it
+packed    grouped for as many samples at a time as fit into 3 MiB,        beyond these, to 131 thousand weights
+          2 to 32
+each      a convolution for each sample, kernels of 8 samples at a time   beyond that; maps that do not fit
 blocks    the same for 128 output channels at a time                      wide dense layers on small maps, NCHW
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
                                                                           or for one sample
@@ -25,10 +30,11 @@ outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowher
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
 
-``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``each``, ``blocks`` and ``columns`` keep no
-mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one node of the graph,
-under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are plain operations.
-The thresholds were measured on one core with AVX-512 in float32, at batch 8 and for the small dense ones at 64.
+``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``packed``, ``each``, ``blocks`` and
+``columns`` keep no mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one
+node of the graph, under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are
+plain operations.
+The thresholds were measured on one core with AVX-512 in float32, at batch 8, 32 and 128.
 ``outputs`` and ``fused`` are for a GPU, where nothing was measured yet: :func:`dysurgery.autotune` tries them there.
 Not here, as they never won: mixed inputs, shifted sums (neither as one loop of a compiled graph), vmap.
 
@@ -116,6 +122,12 @@ def grouped(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
     return y.view(batch, geometry.out_channels, *y.shape[2:])
 
 
+def returned(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """As :func:`grouped`, and back to channels_last if x was so."""
+    y = grouped(x, pi, bank, bias_bank, geometry)
+    return y.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and is_last(x) else y
+
+
 def one_by_one(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One ordinary convolution after another, as a loop inside the graph: covers every geometry, for ONNX.
 
@@ -155,6 +167,12 @@ def products(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geom
 def each(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One convolution for each sample."""
     return tiled(x, pi, bank, bias_bank, _tiling("each", geometry.out_channels, geometry))
+
+
+def packed(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """As :func:`grouped`, for as many samples at a time as the cache holds."""
+    tiling = _tiling("packed", geometry.out_channels, geometry)
+    return tiled(x, pi, bank, bias_bank, tiling._replace(samples=_together(x, geometry)))
 
 
 def blocks(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -229,15 +247,17 @@ WAYS: dict[str, Way] = {
     "matmul": matmul,
     "products": products,
     "grouped": grouped,
+    "returned": returned,
     "stacked": stacked,
     "each": each,
+    "packed": packed,
     "blocks": blocks,
     "columns": columns,
     "outputs": outputs,
     "fused": fused,
     "one by one": one_by_one,
 }
-TILED = ("products", "each", "blocks", "columns", "fused")
+TILED = ("products", "each", "packed", "blocks", "columns", "fused")
 """The ways that are no plain operations."""
 
 
@@ -258,7 +278,7 @@ def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
         return False
     if len(geometry.stride) != 2 or geometry.transposed or padding is None or x.numel() == 0:
         return False
-    return way in ("each", "stacked") or geometry.groups == 1
+    return way in ("each", "packed", "returned", "stacked") or geometry.groups == 1
 
 
 def _has_triton(x: Tensor) -> bool:
@@ -275,6 +295,8 @@ def _is_product(geometry: Geometry) -> bool:
 MIB = 2**20
 _WIDE = 1_000_000
 """Weights from which a dense kernel no longer passes through the cache in one piece."""
+_NARROW = 2**17
+"""Weights up to which samples are packed: beyond that, the kernels of two or more do not stay in the cache."""
 _SMALL_MAP = 64
 """Positions of an output below which those are slow as convolutions."""
 
@@ -307,17 +329,40 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         return "columns" if wide else "single"
     if wide:
         return "columns" if last or train else "blocks"
+    several = "packed" if weights <= _NARROW and _together(x, geometry) > 1 else "each"
+    # In a compiled graph nothing is asked about the batch from here on.
+    total, kernels = batch * elements, batch * weights * x.element_size()
     if geometry.groups == 1:
-        if large or (last and (compiling or x.numel() > 2**19)):
-            return "each"
-        return "stacked" if last else "grouped"
-    if not last:
-        return "each" if elements >= 250_000 else "grouped"
-    if geometry.groups < x.shape[1]:
+        if compiling:
+            return several if large or last else "grouped"
+        if not last:
+            return "grouped" if kernels <= 6 * MIB else several
+        if several == "each":
+            return several
+        if total <= 2**18 and kernels <= 2 * MIB:
+            return "stacked"
+        return "returned" if train and elements <= 2**13 and kernels <= 6 * MIB else several
+    if not last and elements >= 250_000:
         return "each"
+    if geometry.groups < x.shape[1]:
+        return several if last or (not compiling and (train or total >= 2_000_000)) else "grouped"
+    if not last:
+        return several if not compiling and total >= (1_600_000 if train else 2_000_000) else "grouped"
     if train and max(geometry.weight_shape[2:]) > 3:
-        return "grouped"  # the backward pass of a wide 5x5 depthwise convolution in channels_last is slow
-    return "each" if elements >= (250_000 if train else 64_000) else "stacked"
+        return "returned"  # the backward pass of a wide 5x5 depthwise convolution in channels_last is slow
+    if compiling:
+        return several if elements >= (250_000 if train else 64_000) else "stacked"
+    return "stacked" if total <= 2**20 else several
+
+
+def _together(x: Tensor, geometry: Geometry) -> int:
+    """Return how many samples :func:`packed` takes at a time: up to 3 MiB of maps and kernels, of which 2 are cached."""
+    positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
+    one = math.prod(x.shape[1:]) + geometry.out_channels * positions + math.prod(geometry.weight_shape)
+    # With groups of several channels oneDNN is fast for fewer.
+    depthwise_or_dense = geometry.groups in (1, x.shape[1])
+    room = (3 if depthwise_or_dense else 1.4) * MIB / x.element_size()
+    return next((samples for samples in (32, 16, 8, 4, 2) if samples * one <= room), 1)
 
 
 def _eager() -> bool:

@@ -336,6 +336,65 @@ class Each:
         return found[which]
 
 
+class Packed:
+    """The samples of a tile side by side, in one torch convolution with as many times the groups: any geometry."""
+
+    def __init__(self, x: Tensor, y: Tensor, tiling: Tiling) -> None:
+        self.y, self.tiling = y, tiling
+        # On small maps oneDNN convolves dense kernels faster in NCHW, even with the copies.
+        self.last = is_last(x) and (tiling.groups > 1 or y.shape[2] * y.shape[3] >= PACKED_LAST)
+        self.x = self._pack(x)
+        self.gy: Tensor | None = None
+        self.gx: Tensor | None = None
+
+    def forward(self, rows: slice, weight: Tensor, bias: Tensor | None) -> None:
+        tiling, c = self.tiling, self.y.shape[0]
+        found = F.conv2d(
+            self.x, self._kernel(weight), None if bias is None else bias.flatten(),
+            tiling.stride, tiling.padding, tiling.dilation, c * tiling.groups,
+        )  # fmt: skip
+        self.y.copy_(self._unpack(found))
+
+    def input_gradient(self, rows: slice, weight: Tensor) -> None:
+        self.gx = self._gradients(weight, 0)
+
+    def weight_gradient(self, rows: slice, gweight: Tensor) -> None:
+        self._kernel(gweight).copy_(self._gradients(gweight, 1))
+
+    def collect(self, gx: Tensor) -> None:
+        assert self.gx is not None
+        gx.copy_(self._unpack(self.gx))
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """Return (c, C, *size) as (1, c * C, *size)."""
+        if not self.last:
+            return x.reshape(1, -1, *x.shape[2:])
+        return x.permute(2, 3, 0, 1).reshape(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        c, size = self.y.shape[0], packed.shape[2:]
+        if not self.last:
+            return packed.reshape(c, -1, *size)
+        return packed.permute(0, 2, 3, 1).reshape(*size, c, -1).permute(2, 3, 0, 1)
+
+    def _kernel(self, weight: Tensor) -> Tensor:
+        """View (c, Cout, n) as the weight of one convolution."""
+        return weight.view(-1, *self.tiling.weight_shape[1:])
+
+    def _gradients(self, weight: Tensor, which: int) -> Tensor:
+        tiling = self.tiling
+        self.gy = self._pack(self.y) if self.gy is None else self.gy
+        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            self.gy, self.x, self._kernel(weight), None, tiling.stride, tiling.padding, tiling.dilation,
+            False, (0, 0), self.y.shape[0] * tiling.groups, [which == 0, which == 1, False],
+        )  # fmt: skip
+        return found[which]
+
+
+PACKED_LAST = 128
+"""Positions of an output from which :class:`Packed` keeps channels_last for dense kernels."""
+
+
 class Product:
     """Batched matrix products, for 1x1 kernels of stride 1 without padding; nothing is copied in either layout."""
 
@@ -413,7 +472,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None
     return torch.bmm(a, b, out=out) if bias is None else torch.baddbmm(bias, a, b, out=out)
 
 
-ENGINES: dict[str, Any] = {"each": Each, "product": Product, "columns": Columns}
+ENGINES: dict[str, Any] = {"each": Each, "packed": Packed, "product": Product, "columns": Columns}
 """What convolves with a tile of mixed kernels; the methods of all are those of :class:`Each`."""
 
 FUSED = "fused"

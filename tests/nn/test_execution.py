@@ -209,6 +209,7 @@ WIDE = {
     "each": (Geometry((20, 6, 3, 3), (1, 1), (1, 1), (1, 1), 1), (10, 6, 9, 9)),
     "blocks": (Geometry((150, 6, 3, 3), (2, 1), (1, 1), (1, 1), 1), (10, 6, 7, 7)),
     "columns": (Geometry((150, 6, 3, 3), (1, 1), (1, 1), (1, 2), 1), (10, 6, 7, 7)),
+    "packed": (Geometry((20, 6, 3, 3), (1, 1), (1, 1), (1, 1), 1), (70, 6, 12, 11)),
     "products": (Geometry((300, 6, 1, 1), (2, 1), (0, 0), (1, 1), 1), (10, 6, 7, 7)),
     "fused": (Geometry((66, 34, 1, 2), (1, 2), (1, 1), (1, 2), 1), (2, 34, 7, 14)),
 }
@@ -249,7 +250,7 @@ def test_tiles_are_one_node_of_a_compiled_graph_with_the_same_values_and_gradien
     direction = torch.randn_like(y)
     for a, b in zip(*(torch.autograd.grad(out, tensors, direction) for out in (y, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    engine, padding = "fused" if way == "fused" else "each", (0,) * 2 if way == "products" else (1,) * 2
+    engine, padding = way if way in ("fused", "packed") else "each", (0,) * 2 if way == "products" else (1,) * 2
     tile = tiles.Tiling(engine, 128, 8, *geometry[:2], padding, *geometry[3:5])
     torch.library.opcheck(torch.ops.dysurgery.tiled, (LAYOUTS[layout](x.detach()), *rest, *tile))
 
@@ -324,7 +325,7 @@ def test_tiles_can_be_differentiated_twice(way):
 def test_under_a_transform_plain_operations_are_taken():
     torch.manual_seed(0)
     geometry = Geometry((256, 64, 3, 3), (1, 1), (1, 1), (1, 1), 1)
-    x, pi, bank = torch.randn(10, 64, 5, 5), torch.rand(10, 3), torch.randn(3, 256 * 64 * 9)
+    x, pi, bank = torch.randn(20, 64, 5, 5), torch.rand(20, 3), torch.randn(3, 256 * 64 * 9)
     assert choose(x, geometry) in TILED
     _, tangent = torch.func.jvp(lambda x: convolve(x, pi, bank, None, geometry), (x,), (x,))
     torch.testing.assert_close(tangent, convolve(x, pi, bank, None, geometry), rtol=1e-4, atol=1e-3)
@@ -332,9 +333,15 @@ def test_under_a_transform_plain_operations_are_taken():
 
 @pytest.mark.parametrize(
     ("channels", "batch", "channels_last", "way"),
-    [(16, 64, False, "grouped"), (16, 8, True, "stacked"), (64, 64, False, "each"), (64, 64, True, "each")],
+    [
+        (16, 64, False, "grouped"),
+        (16, 8, True, "stacked"),
+        (64, 64, False, "packed"),
+        (64, 64, True, "packed"),
+        (256, 64, False, "each"),
+    ],
 )
-def test_small_dense_layers_run_as_one_convolution(channels, batch, channels_last, way):
+def test_dense_layers_run_as_so_few_convolutions_as_the_cache_allows(channels, batch, channels_last, way):
     x = torch.empty(batch, channels, 8, 8)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     assert choose(x, Geometry((channels, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1)) == way
