@@ -356,7 +356,7 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
 
 
 def _together(x: Tensor, geometry: Geometry) -> int:
-    """Return how many samples :func:`packed` takes at a time: up to 3 MiB of maps and kernels, of which 2 are cached."""
+    """Return how many samples :func:`packed` takes at a time: up to 3 MiB of maps and kernels, by a cache of 2 MiB."""
     positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
     one = math.prod(x.shape[1:]) + geometry.out_channels * positions + math.prod(geometry.weight_shape)
     # With groups of several channels oneDNN is fast for fewer.
