@@ -75,8 +75,9 @@ ROWS: dict[str, dict[str, str]] = {
     },
     "4 from random weights": {
         "random": f"cifar_resnet20 --model-arg width=4 --weights random {CIFAR} {NARROW}",
-        "random, half width, 4 epochs": f"cifar_resnet20 --model-arg width=8 --weights random {CIFAR} "
-        "--set finetune.epochs=4 --set finetune.lr=0.1 --set finetune.warmup_epochs=0.5",
+        "random, half width, 4 epochs": f"cifar_resnet20 --model-arg width=8 --weights random {RESNET20} "
+        "--seeds {seed} --set val_part=odd --set finetune.epochs=4 --set finetune.lr=0.1 "
+        "--set finetune.warmup_epochs=0.5",
     },
     "5 transfer": {
         "flowers": f"{FLOWERS} --no-control",
