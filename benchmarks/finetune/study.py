@@ -185,9 +185,9 @@ def run(inputs: Path, runs: Path, rows: list[str]) -> None:
 
 
 def collected(row: str, runs: Path) -> dict[str, Any] | None:
-    """Return what a finished row came to."""
-    paths = [folder / "result.json" for folder in commands(row, runs)]
-    if not all(path.exists() for path in paths):
+    """Return what a row came to, in the seeds that are finished."""
+    paths = [path for folder in commands(row, runs) if (path := folder / "result.json").exists()]
+    if not paths:
         return None
     results = [json.loads(path.read_text()) for path in paths]
     result = results[0]
