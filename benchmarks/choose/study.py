@@ -13,7 +13,6 @@ with the plans that were chosen for the pretrained one; their ``full`` and ``con
 import argparse
 import json
 import random
-import shlex
 import subprocess
 import sys
 from collections.abc import Collection
@@ -109,7 +108,7 @@ def slug(name: str) -> str:
 
 def command(row: str, seed: int, inputs: Path, runs: Path) -> list[str]:
     anew = row.endswith(ANEW)
-    model = ["cifar_resnet20", *shlex.split(RANDOM_WEIGHTS)] if anew else [network(inputs, seed), *PRETRAINED.split()]
+    model = ["cifar_resnet20", *RANDOM_WEIGHTS.split()] if anew else [network(inputs, seed), *PRETRAINED.split()]
     control = [] if row.removesuffix(ANEW) == "full" else ["--no-control"]
     given = [*model, "--plan", str(plan_file(row, seed, runs)), *COMMON.split(), "--seeds", str(seed), *control]
     return ["dysurgery", "finetune", *given, "--out", str(runs / slug(row) / f"seed-{seed}")]

@@ -55,7 +55,7 @@ from torch.utils._triton import has_triton
 
 from dysurgery.nn.rows import compiled
 from dysurgery.nn.rows import product as row_product
-from dysurgery.nn.tiles import FUSED, MAX_SAMPLES, Tiling, is_last, product, tiled
+from dysurgery.nn.tiles import FUSED, MAX_SAMPLES, Tiling, apart, is_last, product, side_by_side, tiled
 
 
 class Geometry(NamedTuple):
@@ -124,8 +124,7 @@ def grouped(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
 
 def returned(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """As :func:`grouped`, and back to channels_last if x was so."""
-    y = grouped(x, pi, bank, bias_bank, geometry)
-    return y.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and is_last(x) else y
+    return _laid_out_as(x, grouped(x, pi, bank, bias_bank, geometry))
 
 
 def one_by_one(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -148,14 +147,12 @@ def one_by_one(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, ge
 
 def stacked(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """As :func:`grouped`, but with the channels innermost: (1, *size, B * Cin) instead of (1, B * Cin, *size)."""
-    batch, channels = x.shape[:2]
+    batch = x.shape[0]
     rows, *kernel = geometry.weight_shape
     weight = mix(pi, bank).view(batch * rows, *kernel)
     bias = None if bias_bank is None else mix(pi, bias_bank).view(-1)
-    side_by_side = x.movedim((0, 1), (-2, -1)).reshape(1, *x.shape[2:], batch * channels).movedim(-1, 1)
-    y = _convolution(side_by_side, weight, bias, geometry, batch * geometry.groups)
-    apart = y.movedim(1, -1).reshape(*y.shape[2:], batch, geometry.out_channels)
-    return apart.movedim(-2, 0).contiguous().movedim(-1, 1)
+    y = _convolution(side_by_side(x), weight, bias, geometry, batch * geometry.groups)
+    return apart(y, batch).movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def products(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -171,8 +168,8 @@ def each(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry
 
 def packed(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """As :func:`grouped`, for as many samples at a time as the cache holds."""
-    tiling = _tiling("packed", geometry.out_channels, geometry)
-    return tiled(x, pi, bank, bias_bank, tiling._replace(samples=_together(x, geometry)))
+    tiling = _tiling("packed", geometry.out_channels, geometry, _together(x, geometry))
+    return tiled(x, pi, bank, bias_bank, tiling)
 
 
 def blocks(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -197,7 +194,7 @@ def outputs(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
     mixed = (each * weights).sum(dim=2).view(batch, rows, *size)
     if bias_bank is not None:
         mixed = mixed + mix(pi, bias_bank).to(y.dtype).view(batch, rows, *(1 for _ in size))
-    return mixed.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and is_last(x) else mixed
+    return _laid_out_as(x, mixed)
 
 
 def fused(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -218,6 +215,11 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geome
     return y
 
 
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return y in channels_last if x is so."""
+    return y.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and is_last(x) else y
+
+
 def _strided(x: Tensor, geometry: Geometry) -> Tensor:
     """Return the positions of x that a 1x1 kernel sees."""
     if all(step == 1 for step in geometry.stride):
@@ -225,11 +227,11 @@ def _strided(x: Tensor, geometry: Geometry) -> Tensor:
     return x[(slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))]
 
 
-def _tiling(engine: str, rows: int, geometry: Geometry) -> Tiling:
+def _tiling(engine: str, rows: int, geometry: Geometry, samples: int = MAX_SAMPLES) -> Tiling:
     padding = _padding(geometry)
     assert padding is not None
     shape, stride, _, dilation, groups = geometry[:5]
-    return Tiling(engine, min(rows, shape[0]), MAX_SAMPLES, shape, stride, padding, dilation, groups)
+    return Tiling(engine, min(rows, shape[0]), samples, shape, stride, padding, dilation, groups)
 
 
 def _padding(geometry: Geometry) -> tuple[int, ...] | None:
@@ -329,14 +331,14 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         return "columns" if wide else "single"
     if wide:
         return "columns" if last or train else "blocks"
-    several = "packed" if weights <= _NARROW and _together(x, geometry) > 1 else "each"
     # In a compiled graph nothing is asked about the batch from here on.
     total, kernels = batch * elements, batch * weights * x.element_size()
     if geometry.groups == 1:
         if compiling:
-            return several if large or last else "grouped"
+            return _several(x, geometry) if large or last else "grouped"
         if not last:
-            return "grouped" if kernels <= 6 * MIB else several
+            return "grouped" if kernels <= 6 * MIB else _several(x, geometry)
+        several = _several(x, geometry)
         if several == "each":
             return several
         if total <= 2**18 and kernels <= 2 * MIB:
@@ -345,14 +347,21 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     if not last and elements >= 250_000:
         return "each"
     if geometry.groups < x.shape[1]:
-        return several if last or (not compiling and (train or total >= 2_000_000)) else "grouped"
+        many = last or (not compiling and (train or total >= 2_000_000))
+        return _several(x, geometry) if many else "grouped"
     if not last:
-        return several if not compiling and total >= (1_600_000 if train else 2_000_000) else "grouped"
+        many = not compiling and total >= (1_600_000 if train else 2_000_000)
+        return _several(x, geometry) if many else "grouped"
     if train and max(geometry.weight_shape[2:]) > 3:
         return "returned"  # the backward pass of a wide 5x5 depthwise convolution in channels_last is slow
     if compiling:
-        return several if elements >= (250_000 if train else 64_000) else "stacked"
-    return "stacked" if total <= 2**20 else several
+        return _several(x, geometry) if elements >= (250_000 if train else 64_000) else "stacked"
+    return "stacked" if total <= 2**20 else _several(x, geometry)
+
+
+def _several(x: Tensor, geometry: Geometry) -> str:
+    """Return the way for more samples than one convolution should take."""
+    return "packed" if math.prod(geometry.weight_shape) <= _NARROW and _together(x, geometry) > 1 else "each"
 
 
 def _together(x: Tensor, geometry: Geometry) -> int:

@@ -318,22 +318,26 @@ class Each:
             out.copy_(found)
 
     def _gradients(self, b: int, rows: slice, kernel: Tensor, which: int) -> Tensor:
-        _, _, _, _, stride, padding, dilation, groups = self.tiling
-        mask = [which == 0, which == 1, False]
-        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            self.y[b : b + 1, rows],
-            self.x[b],
-            kernel,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            (0,) * len(stride),
-            groups,
-            mask,
-        )
-        return found[which]
+        return _gradient(self.y[b : b + 1, rows], self.x[b], kernel, self.tiling, self.tiling.groups, which)
+
+
+def _gradient(gy: Tensor, x: Tensor, kernel: Tensor, tiling: Tiling, groups: int, which: int) -> Tensor:
+    """Return the gradient of one torch convolution in x (which = 0) or in the kernel (1), of which the shape counts."""
+    mask = [which == 0, which == 1, False]
+    rest = (tiling.stride, tiling.padding, tiling.dilation, False, (0,) * len(tiling.stride), groups, mask)
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(gy, x, kernel, None, *rest)
+    return found[which]
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """Return (c, C, *size) as (1, c * C, *size) in channels_last."""
+    return x.movedim((0, 1), (-2, -1)).reshape(1, *x.shape[2:], x.shape[0] * x.shape[1]).movedim(-1, 1)
+
+
+def apart(packed: Tensor, c: int) -> Tensor:
+    """Undo :func:`side_by_side`: return (1, c * C, *size) as (c, C, *size)."""
+    size = packed.shape[2:]
+    return packed.movedim(1, -1).reshape(*size, c, packed.shape[1] // c).movedim((-2, -1), (0, 1))
 
 
 class Packed:
@@ -366,29 +370,20 @@ class Packed:
         gx.copy_(self._unpack(self.gx))
 
     def _pack(self, x: Tensor) -> Tensor:
-        """Return (c, C, *size) as (1, c * C, *size)."""
-        if not self.last:
-            return x.reshape(1, -1, *x.shape[2:])
-        return x.permute(2, 3, 0, 1).reshape(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
+        return side_by_side(x) if self.last else x.reshape(1, -1, *x.shape[2:])
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        c, size = self.y.shape[0], packed.shape[2:]
-        if not self.last:
-            return packed.reshape(c, -1, *size)
-        return packed.permute(0, 2, 3, 1).reshape(*size, c, -1).permute(2, 3, 0, 1)
+        c = self.y.shape[0]
+        return apart(packed, c) if self.last else packed.reshape(c, -1, *packed.shape[2:])
 
     def _kernel(self, weight: Tensor) -> Tensor:
         """View (c, Cout, n) as the weight of one convolution."""
         return weight.view(-1, *self.tiling.weight_shape[1:])
 
     def _gradients(self, weight: Tensor, which: int) -> Tensor:
-        tiling = self.tiling
         self.gy = self._pack(self.y) if self.gy is None else self.gy
-        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-            self.gy, self.x, self._kernel(weight), None, tiling.stride, tiling.padding, tiling.dilation,
-            False, (0, 0), self.y.shape[0] * tiling.groups, [which == 0, which == 1, False],
-        )  # fmt: skip
-        return found[which]
+        groups = self.y.shape[0] * self.tiling.groups
+        return _gradient(self.gy, self.x, self._kernel(weight), self.tiling, groups, which)
 
 
 PACKED_LAST = 128

@@ -16,10 +16,10 @@ import torch
 from dysurgery.nn.execution import WAYS, Geometry, covers
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="that runs here anyway")
 TESTS = Path(__file__).with_name("test_execution.py")
 
 
-@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the kernels are interpreted, and not built")
 def test_interpreted_they_pass_the_tests_of_every_way():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "fused", str(TESTS)],
@@ -30,7 +30,6 @@ def test_interpreted_they_pass_the_tests_of_every_way():
     assert int(done.stdout.splitlines()[-1].split(" passed")[0].split()[-1]) >= 50
 
 
-@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the kernels are interpreted, and not built")
 def test_without_a_gpu_or_the_interpreter_they_are_not_for_a_cpu():
     geometry = Geometry((6, 4, 3, 3), (1, 1), (1, 1), (1, 1), 1)
     assert "fused" in WAYS
@@ -53,7 +52,6 @@ def _built(kernel, dtype, constants, **options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the kernels are interpreted, and not built")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
 @pytest.mark.parametrize("taps", [1, 3])
