@@ -26,12 +26,16 @@ each      a convolution for each sample, kernels of 8 samples at a time   beyond
 blocks    the same for 128 output channels at a time                      wide dense layers on small maps, NCHW
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
                                                                           or for one sample
+native    one call of compiled C (:mod:`native`)                          channels_last in float32, where it was
+                                                                          compiled: depthwise, dense, one sample of
+                                                                          a wide layer; 1x1 where products or
+                                                                          matmul would be slower
 outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
 
-``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``packed``, ``each``, ``blocks`` and
-``columns`` keep no mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one
+``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``packed``, ``each``, ``blocks``, ``columns``
+and ``native`` keep no mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one
 node of the graph, under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are
 plain operations.
 The thresholds were measured on one core with AVX-512 in float32, at batch 8, 32 and 128.
@@ -53,9 +57,10 @@ from torch._higher_order_ops import scan
 from torch.nn import functional as F
 from torch.utils._triton import has_triton
 
+from dysurgery.nn.native import available as compiled_c
 from dysurgery.nn.rows import compiled
 from dysurgery.nn.rows import product as row_product
-from dysurgery.nn.tiles import FUSED, MAX_SAMPLES, Tiling, apart, is_last, product, side_by_side, tiled
+from dysurgery.nn.tiles import FUSED, MAX_SAMPLES, NATIVE, Tiling, apart, is_last, product, side_by_side, tiled
 
 
 class Geometry(NamedTuple):
@@ -182,6 +187,11 @@ def columns(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geome
     return tiled(x, pi, bank, bias_bank, _tiling("columns", 64, geometry))
 
 
+def native(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
+    """One call of compiled C, which mixes as it multiplies, on a CPU."""
+    return tiled(x, pi, bank, bias_bank, _tiling(NATIVE, geometry.out_channels, geometry))
+
+
 def outputs(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
     """One ordinary convolution with all K kernels, whose outputs are mixed: K times the Mult-Adds, in one call."""
     k, (rows, *kernel), groups = bank.shape[0], geometry.weight_shape, geometry.groups
@@ -255,11 +265,12 @@ WAYS: dict[str, Way] = {
     "packed": packed,
     "blocks": blocks,
     "columns": columns,
+    "native": native,
     "outputs": outputs,
     "fused": fused,
     "one by one": one_by_one,
 }
-TILED = ("products", "each", "packed", "blocks", "columns", "fused")
+TILED = ("products", "each", "packed", "blocks", "columns", "native", "fused")
 """The ways that are no plain operations."""
 
 
@@ -280,7 +291,17 @@ def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
         return False
     if len(geometry.stride) != 2 or geometry.transposed or padding is None or x.numel() == 0:
         return False
-    return way in ("each", "packed", "returned", "stacked") or geometry.groups == 1
+    if way == "native" and not _has_native(x, geometry):
+        return False
+    return way in ("each", "packed", "native", "returned", "stacked") or geometry.groups == 1
+
+
+def _has_native(x: Tensor, geometry: Geometry) -> bool:
+    """Whether the compiled module is there and takes this: maps in channels_last, float32, dense or depthwise."""
+    if not (compiled_c() and is_last(x) and x.dtype == torch.float32 and x.device.type == "cpu"):
+        return False
+    depthwise = x.shape[1] == geometry.out_channels == geometry.groups >= _VECTOR
+    return (depthwise or geometry.groups == 1) and not torch.is_autocast_enabled("cpu")
 
 
 def _has_triton(x: Tensor) -> bool:
@@ -299,6 +320,8 @@ _WIDE = 1_000_000
 """Weights from which a dense kernel no longer passes through the cache in one piece."""
 _NARROW = 2**17
 """Weights up to which samples are packed: beyond that, the kernels of two or more do not stay in the cache."""
+_VECTOR = 16
+"""Channels from which compiled C is fast: the floats of an AVX-512 register."""
 _SMALL_MAP = 64
 """Positions of an output below which those are slow as convolutions."""
 
@@ -318,6 +341,9 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     plain = x.device.type != "cpu" or not (compiling or _eager())
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
     large = (MAX_SAMPLES if compiling else batch) * weights * x.element_size() > 4 * MIB
+    c = not plain and _has_native(x, geometry) and covers("native", x, geometry)
+    if c and _prefers_c(x, geometry, train, large):
+        return "native"
     if covers("matmul", x, geometry) and batch > 1:
         # Several threads share one product better than the tiles of one.
         tiles = compiling or train or torch.get_num_threads() == 1
@@ -357,6 +383,14 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     if compiling:
         return _several(x, geometry) if elements >= (250_000 if train else 64_000) else "stacked"
     return "stacked" if total <= 2**20 else _several(x, geometry)
+
+
+def _prefers_c(x: Tensor, geometry: Geometry, train: bool, large: bool) -> bool:
+    """Whether compiled C is faster than torch's operations, where it can be used (measured)."""
+    if _is_product(geometry):
+        # A wide product has a cheap gradient in MKL, and a narrow one is all reading and writing of maps.
+        return large != train and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
+    return geometry.groups > 1 or geometry.out_channels >= _VECTOR
 
 
 def _several(x: Tensor, geometry: Geometry) -> str:

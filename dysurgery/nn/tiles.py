@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dysurgery.nn import native
+
 MAX_SAMPLES = 8
 """Samples in a tile: a product of more rows mixes each of them more slowly (MKL, measured)."""
 
@@ -25,7 +27,7 @@ class Tiling(NamedTuple):
     """A convolution in integers only, not transposed, and the size of its tiles."""
 
     engine: str
-    """A name in :data:`ENGINES`, or :data:`FUSED`."""
+    """A name in :data:`ENGINES`, :data:`FUSED` or :data:`NATIVE`."""
     rows: int
     """Output channels of a tile; all of them if groups > 1."""
     samples: int
@@ -158,6 +160,9 @@ def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tili
         fused.forward(x, pi, bank, bias_bank, y, tiling)
         return y
     bias = None if bias_bank is None else pi @ bias_bank
+    if tiling.engine == NATIVE:
+        native.forward(x, pi, bank, bias, y, tiling)
+        return y
     buffer = tiling.buffer(x.shape[0], bank)
     for samples in tiling.chunks(x.shape[0]):
         engine = ENGINES[tiling.engine](x[samples], y[samples], tiling)
@@ -198,6 +203,13 @@ def _backward(
             return gx, None, None, gbias_bank
         of_pi, of_bank = fused.kernel_gradients(gy, x, pi, bank, tiling)
         return gx, None if gpi is None else gpi.add_(of_pi), of_bank if wanted[2] else None, gbias_bank
+    if tiling.engine == NATIVE:
+        if gx is not None:
+            native.input_gradient(gy, pi, bank, gx, tiling)
+        if gpi is None and not wanted[2]:
+            return gx, None, None, gbias_bank
+        part, gbank = native.kernel_gradients(gy, x, pi, bank, tiling, (gpi is not None, wanted[2]))
+        return gx, None if gpi is None or part is None else gpi.add_(part), gbank, gbias_bank
     gbank = torch.empty_like(bank) if wanted[2] else None
     buffer = tiling.buffer(x.shape[0], bank)
     gbuffer = torch.empty_like(buffer) if wanted[1] or wanted[2] else None
@@ -472,3 +484,6 @@ ENGINES: dict[str, Any] = {"each": Each, "packed": Packed, "product": Product, "
 
 FUSED = "fused"
 """The engine that is no loop over tiles but one GPU kernel: :mod:`dysurgery.nn.fused`."""
+
+NATIVE = "native"
+"""The engine that is one call of compiled C: :mod:`dysurgery.nn.native`."""

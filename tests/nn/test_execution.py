@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from dysurgery.nn import tiles
+from dysurgery.nn import native, tiles
 from dysurgery.nn.execution import (
     TILED,
     WAYS,
@@ -213,8 +213,8 @@ WIDE = {
     "products": (Geometry((300, 6, 1, 1), (2, 1), (0, 0), (1, 1), 1), (10, 6, 7, 7)),
     "fused": (Geometry((66, 34, 1, 2), (1, 2), (1, 1), (1, 2), 1), (2, 34, 7, 14)),
 }
-TILED_HERE = [way for way in TILED if covers(way, torch.empty(WIDE[way][1]), WIDE[way][0])]
-"""Without ``fused`` where its kernels cannot run, see test_fused.py."""
+TILED_HERE = [way for way in WIDE if covers(way, torch.empty(WIDE[way][1]), WIDE[way][0])]
+"""Without ``fused`` where its kernels cannot run, see test_fused.py; ``native`` is in test_native.py."""
 
 
 def inputs(way, dtype=torch.float32):
@@ -341,7 +341,8 @@ def test_under_a_transform_plain_operations_are_taken():
         (256, 64, False, "each"),
     ],
 )
-def test_dense_layers_run_as_so_few_convolutions_as_the_cache_allows(channels, batch, channels_last, way):
+def test_dense_layers_run_as_so_few_convolutions_as_the_cache_allows(channels, batch, channels_last, way, monkeypatch):
+    monkeypatch.setattr(native, "_native", None)  # as if there were no C compiler
     x = torch.empty(batch, channels, 8, 8)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     assert choose(x, Geometry((channels, channels, 3, 3), (1, 1), (1, 1), (1, 1), 1)) == way

@@ -1,0 +1,286 @@
+/* Convolutions with a kernel for each sample, mixed as they are needed: see native.py.
+ *
+ * Plain C with the vectors of GCC and clang, and of Python the stable interface only: it knows nothing of torch.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#define PANEL 576   /* rows of a panel: those of 8 samples stay in a cache of 1 MiB */
+#define RUN 64      /* columns of the bank that are gathered at a time */
+#define MAX_ROWS 64 /* rows of the bank that are fetched ahead */
+#define SAMPLES 8   /* mixed together from one pass over the bank */
+#define BAND 128    /* positions over which the gradient of a tap is added up in registers */
+
+struct conv {
+    int B, K, H, W, Cin, Ho, Wo, Cout, kh, kw, sh, sw, ph, pw, dh, dw, groups;
+};
+
+/* Positions in rows and columns, where they are in x and y, and the taps of each: `off` in x, `which` of the kernel. */
+struct grid {
+    int rows, columns, taps;
+    const int *off, *which;
+    ptrdiff_t x, y, x_row, x_column, y_row, y_column;
+};
+
+static float *room(size_t floats)
+{
+    return aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64);
+}
+
+/* Maps (B, H, W, C) with a border of zeros; x itself where there is none. */
+struct padded {
+    const float *x;
+    float *copy;
+    size_t sample;
+    int W;
+};
+
+static int pad(struct padded *a, const float *x, int B, int H, int W, int C, int top, int bottom, int left, int right, int slack,
+               int threads)
+{
+    int rows = H + top + bottom;
+    size_t row = sizeof(float) * C;
+    a->W = W + left + right;
+    a->sample = (size_t)rows * a->W * C;
+    a->x = x;
+    if (!(top || bottom || left || right || slack)) return 1;
+    float *copy = a->copy = room(a->sample * B + slack);
+    if (!copy) return 0;
+    a->x = copy;
+    memset(copy + a->sample * B, 0, sizeof(float) * slack);
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < B * rows; i++) {
+        int b = i / rows, r = i % rows - top;
+        char *to = (char *)(copy + (size_t)i * a->W * C);
+        if (r < 0 || r >= H) {
+            memset(to, 0, row * a->W);
+            continue;
+        }
+        memset(to, 0, row * left);
+        memcpy(to + row * left, x + ((size_t)b * H + r) * W * C, row * W);
+        memset(to + row * (left + W), 0, row * right);
+    }
+    return 1;
+}
+
+/* Rows of zeros before the first one of gy that a tap reaches. */
+static int border(int reach, int stride) { return reach > 0 ? (reach + stride - 1) / stride : 0; }
+
+/* Samples of a chunk: as many as are mixed together, fewer if threads would be idle. */
+static int share(int B, int blocks, int threads)
+{
+    int parts = blocks >= threads ? 1 : (threads + blocks - 1) / blocks, chunk = (B + parts - 1) / parts;
+    return chunk < SAMPLES ? (chunk < 1 ? 1 : chunk) : SAMPLES;
+}
+
+/* The rows of one sample's map with zeros left and right, the last few of them. */
+struct rows {
+    const float *x;
+    float *buffer, *zeros;
+    int count, height, width, channels, left, whole, loaded;
+};
+
+static int rows_of(struct rows *r, const struct conv *c, int backward, const float *x)
+{
+    int reach = (c->kw - 1) * c->dw, right;
+    if (backward) {
+        r->left = border(reach - c->pw, c->sw);
+        right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
+    } else {
+        r->left = c->pw;
+        right = (c->Wo - 1) * c->sw + reach - c->pw - (c->W - 1);
+    }
+    r->x = x;
+    r->height = backward ? c->Ho : c->H;
+    r->width = backward ? c->Wo : c->W;
+    r->channels = c->Cin;
+    r->whole = r->left + r->width + (right > 0 ? right : 0);
+    r->count = backward ? (c->kh - 1) * c->dh / c->sh + 1 : (c->kh - 1) * c->dh + 1;
+    r->loaded = 0;
+    size_t row = (size_t)r->whole * r->channels;
+    r->buffer = room(row * (r->count + 1));
+    if (!r->buffer) return 0;
+    memset(r->buffer, 0, sizeof(float) * row * (r->count + 1));
+    r->zeros = r->buffer + row * r->count;
+    return 1;
+}
+
+/* A row, at its first column that is not border; asked for in ascending order, give or take `count`. */
+static const float *row_at(struct rows *r, int at)
+{
+    size_t row = (size_t)r->whole * r->channels, left = (size_t)r->left * r->channels;
+    if (at < 0 || at >= r->height) return r->zeros + left;
+    for (; r->loaded <= at; r->loaded++)
+        memcpy(r->buffer + r->loaded % r->count * row + left, r->x + (size_t)r->loaded * r->width * r->channels,
+               sizeof(float) * r->width * r->channels);
+    return r->buffer + at % r->count * row + left;
+}
+
+static void rows_end(struct rows *r) { free(r->buffer); }
+
+#define SET(set) {#set, forward_##set, input_gradient_##set, weight_gradients_##set}
+
+#if defined(__x86_64__)
+#ifdef __clang__
+#define BEGIN_AVX512 _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512vl,avx512dq,avx512bw,avx2,fma\"))), apply_to = function)")
+#define BEGIN_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
+#define END _Pragma("clang attribute pop")
+#else
+#define BEGIN_AVX512 _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512vl,avx512dq,avx512bw,avx2,fma\")")
+#define BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
+#define END _Pragma("GCC pop_options")
+#endif
+
+BEGIN_AVX512
+#define SUFFIX _avx512
+#define V 16
+#define MR 14
+#define OB 8
+#include "_native.h"
+END
+
+BEGIN_AVX2
+#define SUFFIX _avx2
+#define V 8
+#define MR 6
+#define OB 4
+#include "_native.h"
+END
+#endif
+
+#define SUFFIX _plain
+#define V 4
+#define MR 6
+#define OB 4
+#include "_native.h"
+
+static const struct set {
+    const char *name;
+    int (*forward)(const struct conv *, float *, const float *, const float *, const float *, const float *, int);
+    int (*input_gradient)(const struct conv *, float *, const float *, const float *, const float *, int);
+    int (*weight_gradients)(const struct conv *, float *, float *, const float *, const float *, const float *,
+                            const float *, int);
+} sets[] = {
+#if defined(__x86_64__)
+    SET(avx512),
+    SET(avx2),
+#endif
+    SET(plain),
+};
+
+static const struct set *used;
+
+static int supported(const struct set *set)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!strcmp(set->name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
+            && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+    if (!strcmp(set->name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return set != NULL;
+}
+
+static PyObject *ended(int ok)
+{
+    if (!ok) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+typedef unsigned long long address;
+#define AT(a) ((float *)(size_t)(a))
+#define CONV "(iiiiiiiiiiiiiiiii)"
+#define FIELDS(c) &c.B, &c.K, &c.H, &c.W, &c.Cin, &c.Ho, &c.Wo, &c.Cout, &c.kh, &c.kw, &c.sh, &c.sw, &c.ph, &c.pw, &c.dh, &c.dw, &c.groups
+
+static PyObject *py_forward(PyObject *self, PyObject *args)
+{
+    address y, x, pi, bank, bias;
+    struct conv c;
+    int threads, ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KKKKK" CONV "i", &y, &x, &pi, &bank, &bias, FIELDS(c), &threads)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ok = used->forward(&c, AT(y), AT(x), AT(pi), AT(bank), AT(bias), threads);
+    Py_END_ALLOW_THREADS
+    return ended(ok);
+}
+
+static PyObject *py_input_gradient(PyObject *self, PyObject *args)
+{
+    address gx, gy, pi, bank;
+    struct conv c;
+    int threads, ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KKKK" CONV "i", &gx, &gy, &pi, &bank, FIELDS(c), &threads)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ok = used->input_gradient(&c, AT(gx), AT(gy), AT(pi), AT(bank), threads);
+    Py_END_ALLOW_THREADS
+    return ended(ok);
+}
+
+static PyObject *py_weight_gradients(PyObject *self, PyObject *args)
+{
+    address gpi, gbank, gy, x, pi, bank;
+    struct conv c;
+    int threads, ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KKKKKK" CONV "i", &gpi, &gbank, &gy, &x, &pi, &bank, FIELDS(c), &threads)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ok = used->weight_gradients(&c, AT(gpi), AT(gbank), AT(gy), AT(x), AT(pi), AT(bank), threads);
+    Py_END_ALLOW_THREADS
+    return ended(ok);
+}
+
+static PyObject *py_names(PyObject *self, PyObject *none)
+{
+    (void)self, (void)none;
+    PyObject *found = PyList_New(0);
+    for (size_t i = 0; found && i < sizeof sets / sizeof *sets; i++) {
+        if (!supported(&sets[i])) continue;
+        PyObject *name = PyUnicode_FromString(sets[i].name);
+        if (!name || PyList_Append(found, name)) Py_CLEAR(found);
+        Py_XDECREF(name);
+    }
+    return found;
+}
+
+static PyObject *py_use(PyObject *self, PyObject *args)
+{
+    const char *name;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "s", &name)) return NULL;
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
+        if (!strcmp(sets[i].name, name) && supported(&sets[i])) {
+            used = &sets[i];
+            Py_RETURN_NONE;
+        }
+    PyErr_Format(PyExc_ValueError, "no instruction set of this machine: %s", name);
+    return NULL;
+}
+
+static PyMethodDef methods[] = {
+    {"forward", py_forward, METH_VARARGS, "forward(y, x, pi, bank, bias or 0, conv, threads): addresses of float32"},
+    {"input_gradient", py_input_gradient, METH_VARARGS, "input_gradient(gx, gy, pi, bank, conv, threads)"},
+    {"weight_gradients", py_weight_gradients, METH_VARARGS,
+     "weight_gradients(gpi or 0, gbank or 0, gy, x, pi, bank, conv, threads)"},
+    {"names", py_names, METH_NOARGS, "names() of the instruction sets of this machine, the best first"},
+    {"use", py_use, METH_VARARGS, "use(name) of an instruction set"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    for (used = sets; !supported(used);) used++;
+    return PyModule_Create(&module);
+}

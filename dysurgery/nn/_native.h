@@ -1,0 +1,699 @@
+/* The loops of native.c, compiled once for each instruction set. Before each time are defined:
+ *
+ *   SUFFIX  ends the names
+ *   V       floats of a vector
+ *   MR      positions of a tile: MR * NV accumulators fill the registers
+ *   OB      output channels of a tile of the weights' gradient, likewise
+ *
+ * Maps are (sample, row, column, channel), weights (output channel, input channel, tap), as torch has them in
+ * channels_last and contiguous. A panel is a mixed kernel in the order of its use: (tap, channel, NR outputs).
+ */
+
+#define NV 2        /* vectors of a row of a panel */
+#define NR (V * NV) /* columns of a panel */
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(f) JOIN(f, SUFFIX)
+#define vec NAME(vec)
+
+typedef float vec __attribute__((vector_size(V * sizeof(float)), aligned(4), may_alias));
+
+#define LOAD(p) (*(const vec *)(p))
+#define STORE(p, v) (*(vec *)(p) = (v))
+
+INLINE vec NAME(splat)(float a) { return a - (vec){0}; }
+#define splat NAME(splat)
+
+INLINE float NAME(sum)(vec a)
+{
+    float total = 0;
+    for (int i = 0; i < V; i++) total += a[i];
+    return total;
+}
+
+/* One step of the transposition of V vectors: exchange the blocks of d columns above and below the diagonal. */
+INLINE void NAME(exchange)(vec *a, vec *b, int d)
+{
+    vec low, high;
+#if V == 16
+#define PICK(...) __builtin_shufflevector(*a, *b, __VA_ARGS__)
+    switch (d) {
+    case 1: low = PICK(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30); high = PICK(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31); break;
+    case 2: low = PICK(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29); high = PICK(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31); break;
+    case 4: low = PICK(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27); high = PICK(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31); break;
+    default: low = PICK(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23); high = PICK(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+#elif V == 8
+#define PICK(...) __builtin_shufflevector(*a, *b, __VA_ARGS__)
+    switch (d) {
+    case 1: low = PICK(0, 8, 2, 10, 4, 12, 6, 14); high = PICK(1, 9, 3, 11, 5, 13, 7, 15); break;
+    case 2: low = PICK(0, 1, 8, 9, 4, 5, 12, 13); high = PICK(2, 3, 10, 11, 6, 7, 14, 15); break;
+    default: low = PICK(0, 1, 2, 3, 8, 9, 10, 11); high = PICK(4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#else
+#define PICK(...) __builtin_shufflevector(*a, *b, __VA_ARGS__)
+    switch (d) {
+    case 1: low = PICK(0, 4, 2, 6); high = PICK(1, 5, 3, 7); break;
+    default: low = PICK(0, 1, 4, 5); high = PICK(2, 3, 6, 7);
+    }
+#endif
+#undef PICK
+    *a = low;
+    *b = high;
+}
+
+INLINE void NAME(transpose)(vec *rows)
+{
+#pragma GCC unroll 4
+    for (int d = 1; d < V; d *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < V; i++)
+            if (!(i & d)) NAME(exchange)(&rows[i], &rows[i + d], d);
+}
+
+/* Mix the panels of S samples for the outputs o0 .. o0 + on and the channels c0 .. c0 + cn. RUN columns at a time are
+ * gathered first, as rows that lie a power of two apart evict one another; meanwhile the next are fetched. */
+static void NAME(panels_of_outputs)(const struct conv *c, float *panels, size_t panel, float *gathered, const float *pi,
+                                    const float *bank, int S, int o0, int on, int c0, int cn)
+{
+    int K = c->K, T = c->kh * c->kw, n = c->Cin * T, columns = cn * T;
+    size_t kernel = (size_t)c->Cout * n;
+    for (int ob = 0; ob < on; ob += V) {
+        int have = on - ob < V ? on - ob : V;
+        for (int j = 0; j < columns; j += RUN) {
+            int run = columns - j < RUN ? columns - j : RUN;
+            const float *next[MAX_ROWS];
+            for (int k = 0, row = 0; k < K; k++)
+                for (int i = 0; i < V; i++, row++) {
+                    float *to = gathered + (size_t)row * RUN;
+                    const float *from = bank + k * kernel + (size_t)(o0 + ob + (i < have ? i : 0)) * n + c0 * T + j;
+                    if (row < MAX_ROWS) next[row] = from + RUN;
+                    if (i >= have) memset(to, 0, sizeof(float) * RUN);
+                    else if (run == RUN)
+#pragma GCC unroll 16
+                        for (int q = 0; q < RUN; q += V) STORE(to + q, LOAD(from + q));
+                    else memcpy(to, from, sizeof(float) * run);
+                }
+            int rows = K * V < MAX_ROWS ? K * V : MAX_ROWS;
+            for (int q = 0; q < run; q += V) {
+                int m = run - q < V ? run - q : V;
+                float *to[V];
+                for (int i = 0; i < m; i++) to[i] = panels + ((size_t)((j + q + i) % T) * cn + (j + q + i) / T) * NR + ob;
+                for (int s = 0; s < S; s++) {
+                    for (int row = s; row < rows; row += S) __builtin_prefetch(next[row] + q, 0, 2);
+                    vec mixed[V], p = splat(pi[s * K]);
+#pragma GCC unroll 16
+                    for (int i = 0; i < V; i++) mixed[i] = p * LOAD(gathered + q + i * RUN);
+                    for (int k = 1; k < K; k++) {
+                        const float *from = gathered + q + (size_t)k * V * RUN;
+                        p = splat(pi[s * K + k]);
+#pragma GCC unroll 16
+                        for (int i = 0; i < V; i++) mixed[i] += p * LOAD(from + i * RUN);
+                    }
+                    NAME(transpose)(mixed);
+                    if (m == V)
+#pragma GCC unroll 16
+                        for (int i = 0; i < V; i++) STORE(to[i] + s * panel, mixed[i]);
+                    else
+                        for (int i = 0; i < m; i++) STORE(to[i] + s * panel, mixed[i]);
+                }
+            }
+        }
+    }
+}
+
+/* The weights (channel, tap) of V channels as (tap, V), rows `tap` apart; `end` is where the bank ends. */
+INLINE void NAME(spread)(float *to, size_t tap, const float *from, int T, int cn, const float *end)
+{
+    if (T > 1 && T <= V && cn >= V) {
+        vec rows[V];
+        float last[V];
+        for (int i = 0; i < V; i++) {
+            const float *row = from + i * T;
+            if (row + V > end) row = memcpy(last, row, sizeof(float) * T);
+            rows[i] = LOAD(row);
+        }
+        NAME(transpose)(rows);
+#pragma GCC unroll 16
+        for (int t = 0; t < V; t++)
+            if (t < T) STORE(to + t * tap, rows[t]);
+        return;
+    }
+    for (int t = 0; t < T; t++, to += tap) {
+        if (T == 1 && cn >= V) STORE(to, LOAD(from));
+        else
+            for (int i = 0; i < V; i++) to[i] = i < cn ? from[i * T + t] : 0;
+    }
+}
+
+/* The other way round: (tap, V) written as the weights of cn channels. */
+INLINE void NAME(collect)(float *to, const float *from, size_t tap, int T, int cn)
+{
+    if (T > 1 && T <= V && cn >= V) {
+        vec rows[V] = {0};
+#pragma GCC unroll 16
+        for (int t = 0; t < V; t++)
+            if (t < T) rows[t] = LOAD(from + t * tap);
+        NAME(transpose)(rows);
+        /* Each row's surplus is overwritten by the next one. */
+        for (int i = 0; i < V; i++) {
+            if (i * T + V <= V * T) STORE(to + i * T, rows[i]);
+            else memcpy(to + i * T, &rows[i], sizeof(float) * T);
+        }
+        return;
+    }
+    for (int t = 0; t < T; t++, from += tap) {
+        if (T == 1 && cn >= V) STORE(to, LOAD(from));
+        else
+            for (int i = 0; i < V && i < cn; i++) to[i * T + t] = from[i];
+    }
+}
+
+/* The weights of one output channel for NR channels from c0 on, of all K kernels: taps and kernels are that far apart. */
+static void NAME(gather)(const struct conv *c, float *to, size_t tap, size_t kernel, const float *bank, int o, int c0, int cn)
+{
+    int T = c->kh * c->kw;
+    const float *end = bank + (size_t)c->K * c->Cout * c->Cin * T;
+    for (int k = 0; k < c->K; k++, to += kernel)
+        for (int v = 0; v < NR; v += V)
+            NAME(spread)(to + v, tap, bank + (((size_t)k * c->Cout + o) * c->Cin + c0 + v) * T, T, cn - v, end);
+}
+
+/* The same as panels_of_outputs with channels and outputs exchanged: panels (tap, output, NR channels). */
+static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t panel, float *gathered, const float *pi,
+                                     const float *bank, int S, int o0, int on, int c0, int cn)
+{
+    int K = c->K, T = c->kh * c->kw;
+    for (int o = 0; o < on; o++) {
+        NAME(gather)(c, gathered, NR, (size_t)T * NR, bank, o0 + o, c0, cn);
+        for (int t = 0; t < T; t++)
+            for (int v = 0; v < NR; v += V) {
+                const float *from = gathered + t * NR + v;
+                float *to = panels + ((size_t)t * on + o) * NR + v;
+                for (int s = 0; s < S; s++) {
+                    vec mixed = splat(pi[s * K]) * LOAD(from);
+                    for (int k = 1; k < K; k++) mixed += splat(pi[s * K + k]) * LOAD(from + (size_t)k * T * NR);
+                    STORE(to + s * panel, mixed);
+                }
+            }
+    }
+}
+
+/* y[m] (NR columns) = what it was, or first, + sum over taps and channels of x[m][off[tap] + channel] * panel row. */
+INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *first, const float *const *x, int taps, const int *off,
+                       const int *which, int cn, const float *panel)
+{
+    vec acc[MR][NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) acc[m][v] = LOAD((first ? first : y[m]) + v * V);
+    for (int t = 0; t < taps; t++) {
+        const float *w = panel + (size_t)which[t] * cn * NR;
+        int o = off[t];
+        for (int c = 0; c < cn; c++, w += NR, o++) {
+            vec row[NV];
+#pragma GCC unroll 2
+            for (int v = 0; v < N; v++) row[v] = LOAD(w + v * V);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) {
+                vec a = splat(x[m][o]);
+#pragma GCC unroll 2
+                for (int v = 0; v < N; v++) acc[m][v] += a * row[v];
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) STORE(y[m] + v * V, acc[m][v]);
+}
+
+/* Multiply one sample by its panel at all positions of the grid; on <= NR columns of y are there. */
+static void NAME(multiply)(const struct grid *g, float *y, int on, const float *first, const float *x, int cn,
+                           const float *panel)
+{
+    int count = g->rows * g->columns, tiles = (count + MR - 1) / MR;
+    for (int i = 0; i < tiles; i++) {
+        int begin = (int)((long long)count * i / tiles), M = (int)((long long)count * (i + 1) / tiles) - begin;
+        float *to[MR], *target[MR], edge[MR * NR];
+        const float *from[MR];
+        for (int m = 0; m < M; m++) {
+            int r = (begin + m) / g->columns, q = (begin + m) % g->columns;
+            from[m] = x + r * g->x_row + q * g->x_column;
+            to[m] = target[m] = y + r * g->y_row + q * g->y_column;
+            if (on < NR) {
+                to[m] = edge + m * NR;
+                if (!first) memcpy(to[m], target[m], sizeof(float) * on);
+            }
+        }
+        switch (M) {
+#define CASE(M) case M: \
+        if (on > V) NAME(tile)(M, NV, to, first, from, g->taps, g->off, g->which, cn, panel); \
+        else NAME(tile)(M, 1, to, first, from, g->taps, g->off, g->which, cn, panel); \
+        break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if MR > 6
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+#undef CASE
+        }
+        if (on < NR)
+            for (int m = 0; m < M; m++) memcpy(target[m], to[m], sizeof(float) * on);
+    }
+}
+
+/* One block of NR output channels (or, towards the input, of input channels) for S samples. ``outputs`` of them are
+ * there in all, ``inner`` channels are summed over, and ``grids`` tell where. */
+static int NAME(dense)(const struct conv *c, int backward, int grids, const struct grid *g, float *y, size_t y_sample,
+                       const float *x, size_t x_sample, const float *pi, const float *bank, const float *bias, int s0, int S,
+                       int o0)
+{
+    int T = c->kh * c->kw, inner = backward ? c->Cout : c->Cin, outputs = backward ? c->Cin : c->Cout;
+    int on = outputs - o0 < NR ? outputs - o0 : NR, most = PANEL / T < 1 ? 1 : PANEL / T;
+    if (most > inner) most = inner;
+    size_t panel = (size_t)most * T * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
+    float *panels = room(panel * S + gathered), first[NR] = {0};
+    if (!panels) return 0;
+    for (int c0 = 0; c0 < inner; c0 += most) {
+        int cn = inner - c0 < most ? inner - c0 : most;
+        if (backward) NAME(panels_of_channels)(c, panels, panel, panels + panel * S, pi + s0 * c->K, bank, S, c0, cn, o0, on);
+        else NAME(panels_of_outputs)(c, panels, panel, panels + panel * S, pi + s0 * c->K, bank, S, o0, on, c0, cn);
+        for (int s = 0; s < S; s++) {
+            if (bias) memcpy(first, bias + (size_t)(s0 + s) * outputs + o0, sizeof(float) * on);
+            for (int i = 0; i < grids; i++)
+                NAME(multiply)(&g[i], y + (s0 + s) * y_sample + g[i].y + o0, on, c0 ? NULL : first,
+                               x + (s0 + s) * x_sample + g[i].x + c0, cn, panels + panel * s);
+        }
+    }
+    free(panels);
+    return 1;
+}
+
+/* The gradient of OB output channels and NR channels at one tap, added up over some rows of positions. */
+INLINE void NAME(outer)(const int M, const int N, float *to, const float *gy, size_t gy_row, size_t gy_column, const float *x, size_t x_row,
+                        size_t x_column, int rows, int columns)
+{
+    vec acc[OB][NV];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) acc[m][v] = LOAD(to + m * NR + v * V);
+    for (int r = 0; r < rows; r++) {
+        const float *g = gy + r * gy_row, *a = x + r * x_row;
+        for (int q = 0; q < columns; q++, g += gy_column, a += x_column) {
+            vec row[NV];
+#pragma GCC unroll 2
+            for (int v = 0; v < N; v++) row[v] = LOAD(a + v * V);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+                for (int v = 0; v < N; v++) acc[m][v] += splat(g[m]) * row[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) STORE(to + m * NR + v * V, acc[m][v]);
+}
+
+/* pi and the bank get their gradients from those of S mixed kernels, g (s, size): gbank += pi g, gpi += bank . g, where
+ * bank and gbank are (k, size). */
+static void NAME(unmix)(const struct conv *c, float *gpi, float *gbank, const float *pi, const float *bank, const float *g,
+                        int S, size_t size)
+{
+    int K = c->K;
+    for (int s0 = 0; gbank && s0 < S; s0 += SAMPLES) {
+        int n = S - s0 < SAMPLES ? S - s0 : SAMPLES;
+        const float *from = g + s0 * size, *p = pi + s0 * K;
+        for (size_t v = 0; v < size; v += V) {
+            vec mixed[SAMPLES];
+            if (n == SAMPLES) {
+#pragma GCC unroll 8
+                for (int s = 0; s < SAMPLES; s++) mixed[s] = LOAD(from + s * size + v);
+                for (int k = 0; k < K; k++) {
+                    vec a = LOAD(gbank + k * size + v);
+#pragma GCC unroll 8
+                    for (int s = 0; s < SAMPLES; s++) a += splat(p[s * K + k]) * mixed[s];
+                    STORE(gbank + k * size + v, a);
+                }
+            } else
+                for (int k = 0; k < K; k++) {
+                    vec a = LOAD(gbank + k * size + v);
+                    for (int s = 0; s < n; s++) a += splat(p[s * K + k]) * LOAD(from + s * size + v);
+                    STORE(gbank + k * size + v, a);
+                }
+        }
+    }
+    for (int s = 0; gpi && s < S; s++)
+        for (int k0 = 0; k0 < K; k0 += 4) {
+            const float *rows[4];
+            vec a[4] = {{0}};
+            for (int k = 0; k < 4; k++) rows[k] = bank + (size_t)(k0 + k < K ? k0 + k : k0) * size;
+            for (size_t v = 0; v < size; v += V) {
+                vec mixed = LOAD(g + s * size + v);
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k++) a[k] += mixed * LOAD(rows[k] + v);
+            }
+            for (int k = 0; k < 4 && k0 + k < K; k++) gpi[s * K + k0 + k] += NAME(sum)(a[k]);
+        }
+}
+
+/* One block of OB output channels of the gradients of pi (added) and of the bank (written). x is padded. */
+static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x, size_t x_row,
+                               size_t x_sample, const float *pi, const float *bank, int o0)
+{
+    int T = c->kh * c->kw, K = c->K, on = c->Cout - o0 < OB ? c->Cout - o0 : OB, n = c->Cin * T;
+    int band = BAND / c->Wo < 1 ? 1 : BAND / c->Wo;
+    size_t size = (size_t)OB * T * NR;
+    float *gathered = room((2 * K + SAMPLES) * size);
+    if (!gathered) return 0;
+    float *gradient = gathered + K * size, *mixed = gradient + K * size;
+    for (int c0 = 0; c0 < c->Cin; c0 += NR) {
+        int cn = c->Cin - c0 < NR ? c->Cin - c0 : NR;
+        memset(gathered, 0, sizeof(float) * 2 * K * size);
+        for (int o = 0; gpi && o < on; o++) NAME(gather)(c, gathered + o * NR, OB * NR, size, bank, o0 + o, c0, cn);
+        for (int s0 = 0; s0 < c->B; s0 += SAMPLES) {
+            int S = c->B - s0 < SAMPLES ? c->B - s0 : SAMPLES;
+            memset(mixed, 0, sizeof(float) * S * size);
+            for (int s = 0; s < S; s++)
+                for (int r0 = 0; r0 < c->Ho; r0 += band) {
+                    int rows = c->Ho - r0 < band ? c->Ho - r0 : band;
+                    const float *g = gy + ((size_t)(s0 + s) * c->Ho + r0) * c->Wo * c->Cout + o0;
+                    for (int t = 0; t < T; t++) {
+                        const float *a = x + (s0 + s) * x_sample + (size_t)(r0 * c->sh + t / c->kw * c->dh) * x_row
+                            + (size_t)(t % c->kw) * c->dw * c->Cin + c0;
+                        float *to = mixed + s * size + (size_t)t * OB * NR;
+#define CASE(M) case M: \
+    if (cn > V) NAME(outer)(M, NV, to, g, (size_t)c->Wo * c->Cout, c->Cout, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
+    else NAME(outer)(M, 1, to, g, (size_t)c->Wo * c->Cout, c->Cout, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
+    break;
+                        switch (on) {
+                        CASE(1) CASE(2) CASE(3) CASE(4)
+#if OB > 4
+                        CASE(5) CASE(6) CASE(7) CASE(8)
+#endif
+                        }
+#undef CASE
+                    }
+                }
+            NAME(unmix)(c, gpi ? gpi + s0 * K : NULL, gbank ? gradient : NULL, pi + s0 * K, gathered, mixed, S, size);
+        }
+        for (int k = 0; gbank && k < K; k++)
+            for (int o = 0; o < on; o++) {
+                float *to = gbank + ((size_t)k * c->Cout + o0 + o) * n + (size_t)c0 * T;
+                const float *from = gradient + k * size + (size_t)o * NR;
+                for (int v = 0; v < cn; v += V) NAME(collect)(to + v * T, from + v, OB * NR, T, cn - v);
+            }
+    }
+    free(gathered);
+    return 1;
+}
+
+/* Depthwise. The weights of a sample are in blocks of V channels: (block, tap, V). The last block may overlap the one
+ * before it; what it has twice is zero in gradients. */
+
+static int NAME(blocks)(const struct conv *c) { return (c->Cin + V - 1) / V; }
+static int NAME(channel)(const struct conv *c, int block) { return block * V + V <= c->Cin ? block * V : c->Cin - V; }
+
+/* The bank as (k, block, tap, V). */
+static void NAME(depthwise_gather)(const struct conv *c, float *to, const float *bank)
+{
+    int T = c->kh * c->kw, blocks = NAME(blocks)(c);
+    for (int k = 0; k < c->K; k++)
+        for (int b = 0; b < blocks; b++)
+            for (int t = 0; t < T; t++)
+                for (int i = 0; i < V; i++) *to++ = bank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t];
+}
+
+static void NAME(depthwise_mix)(const struct conv *c, float *to, const float *gathered, const float *pi, size_t size)
+{
+    for (size_t v = 0; v < size; v += V) {
+        vec mixed = splat(pi[0]) * LOAD(gathered + v);
+        for (int k = 1; k < c->K; k++) mixed += splat(pi[k]) * LOAD(gathered + k * size + v);
+        STORE(to + v, mixed);
+    }
+}
+
+/* n positions of one row: y = first + sum over a (rows) x b (columns) taps. */
+INLINE void NAME(line)(const int A, const int B, float *y, ptrdiff_t y_step, const float *const *x, const int *shift,
+                       ptrdiff_t x_step, const float *const *w, int n, const float *first)
+{
+    vec start = {0}, weight[A * B];
+    if (first) start = LOAD(first);
+    for (int t = 0; t < A * B; t++) weight[t] = LOAD(w[t]);
+    for (int i = 0; i < n; i++) {
+        vec acc = start;
+#pragma GCC unroll 8
+        for (int a = 0; a < A; a++)
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++) acc += LOAD(x[a] + shift[b] + i * x_step) * weight[a * B + b];
+        STORE(y + i * y_step, acc);
+    }
+}
+
+/* The gradients of the weights from one row. */
+INLINE void NAME(cross)(const int A, const int B, float *gw, const float *gy, ptrdiff_t gy_step, const float *const *x,
+                        const int *shift, ptrdiff_t x_step, int n)
+{
+    vec acc[A * B];
+    for (int t = 0; t < A * B; t++) acc[t] = LOAD(gw + t * V);
+    for (int i = 0; i < n; i++) {
+        vec g = LOAD(gy + i * gy_step);
+#pragma GCC unroll 8
+        for (int a = 0; a < A; a++)
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++) acc[a * B + b] += g * LOAD(x[a] + shift[b] + i * x_step);
+    }
+    for (int t = 0; t < A * B; t++) STORE(gw + t * V, acc[t]);
+}
+
+/* One sample: y from x (backward: 0), gx from gy (y = gx, x = gy, backward: 1). */
+static int NAME(depthwise)(const struct conv *c, int backward, float *y, const float *x, const float *weights,
+                           const float *bias)
+{
+    int C = c->Cin, T = c->kh * c->kw, blocks = NAME(blocks)(c);
+    int out_rows = backward ? c->H : c->Ho, step_h = backward ? c->sh : 1, step_w = backward ? c->sw : 1;
+    struct rows rows;
+    if (!rows_of(&rows, c, backward, x)) return 0;
+    for (int r = 0; r < out_rows; r++) {
+        /* The taps that reach this row, and the rows of x that they reach. */
+        int A = 0, ky[c->kh];
+        const float *from[c->kh];
+        for (int k = 0; k < c->kh; k++) {
+            int at = backward ? r + c->ph - k * c->dh : r * c->sh - c->ph + k * c->dh;
+            if (at % step_h) continue;
+            from[A] = row_at(&rows, at / step_h);
+            ky[A++] = k;
+        }
+        for (int phase = 0; phase < step_w; phase++) {
+            int B = 0, kx[c->kw], shift[c->kw];
+            for (int k = 0; k < c->kw; k++) {
+                int at = backward ? phase + c->pw - k * c->dw : k * c->dw - c->pw;
+                if (at % step_w) continue;
+                shift[B] = at / step_w * C;
+                kx[B++] = k;
+            }
+            int width = backward ? c->W : c->Wo, n = (width - phase + step_w - 1) / step_w;
+            ptrdiff_t x_step = backward ? C : (ptrdiff_t)c->sw * C, y_step = (ptrdiff_t)step_w * C;
+            if (n <= 0) continue;
+            for (int b = 0; b < blocks; b++) {
+                int channel = NAME(channel)(c, b);
+                const float *w[T + 1], *at[c->kh], *first = bias ? bias + channel : NULL;
+                for (int i = 0; i < A; i++) {
+                    at[i] = from[i] + channel;
+                    for (int j = 0; j < B; j++) w[i * B + j] = weights + ((size_t)b * T + ky[i] * c->kw + kx[j]) * V;
+                }
+                float *to = y + (size_t)r * width * C + (size_t)phase * C + channel;
+                switch (A * 8 + B) {
+#define CASE(A, B) case A * 8 + B: NAME(line)(A, B, to, y_step, at, shift, x_step, w, n, first); break;
+                CASE(3, 3) CASE(5, 5) CASE(2, 2) CASE(2, 1) CASE(1, 2) CASE(1, 1) CASE(3, 2) CASE(2, 3)
+#undef CASE
+                default: NAME(line)(A, B, to, y_step, at, shift, x_step, w, n, first);
+                }
+            }
+        }
+    }
+    rows_end(&rows);
+    return 1;
+}
+
+/* The gradient of the weights of one sample, (block, tap, V). */
+static int NAME(depthwise_weights)(const struct conv *c, float *gw, const float *gy, const float *x)
+{
+    int C = c->Cin, T = c->kh * c->kw, blocks = NAME(blocks)(c), twice = blocks * V - C, shift[c->kw];
+    struct rows rows;
+    if (!rows_of(&rows, c, 0, x)) return 0;
+    memset(gw, 0, sizeof(float) * blocks * T * V);
+    for (int k = 0; k < c->kw; k++) shift[k] = (k * c->dw - c->pw) * C;
+    for (int r = 0; r < c->Ho; r++) {
+        const float *from[c->kh], *at[c->kh];
+        for (int k = 0; k < c->kh; k++) from[k] = row_at(&rows, r * c->sh - c->ph + k * c->dh);
+        for (int b = 0; b < blocks; b++) {
+            int channel = NAME(channel)(c, b);
+            const float *g = gy + (size_t)r * c->Wo * C + channel;
+            float *to = gw + (size_t)b * T * V;
+            for (int k = 0; k < c->kh; k++) at[k] = from[k] + channel;
+            switch (c->kh * 8 + c->kw) {
+#define CASE(A, B) case A * 8 + B: NAME(cross)(A, B, to, g, C, at, shift, (ptrdiff_t)c->sw * C, c->Wo); break;
+            CASE(3, 3) CASE(5, 5)
+#undef CASE
+            default: NAME(cross)(c->kh, c->kw, to, g, C, at, shift, (ptrdiff_t)c->sw * C, c->Wo);
+            }
+        }
+    }
+    for (int t = 0; twice && t < T; t++) memset(gw + ((size_t)(blocks - 1) * T + t) * V, 0, sizeof(float) * twice);
+    rows_end(&rows);
+    return 1;
+}
+
+static int NAME(forward)(const struct conv *c, float *y, const float *x, const float *pi, const float *bank,
+                         const float *bias, int threads)
+{
+    int T = c->kh * c->kw, ok = 1;
+    if (c->groups > 1) {
+        size_t size = (size_t)NAME(blocks)(c) * T * V;
+        float *gathered = room(c->K * size);
+        if (!gathered) return 0;
+        NAME(depthwise_gather)(c, gathered, bank);
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+        for (int b = 0; b < c->B; b++) {
+            float *mixed = room(size);
+            if (mixed) NAME(depthwise_mix)(c, mixed, gathered, pi + b * c->K, size);
+            ok = mixed && NAME(depthwise)(c, 0, y + (size_t)b * c->Ho * c->Wo * c->Cin, x + (size_t)b * c->H * c->W * c->Cin,
+                                          mixed, bias ? bias + (size_t)b * c->Cin : NULL) && ok;
+            free(mixed);
+        }
+        free(gathered);
+        return ok;
+    }
+    struct padded a = {0};
+    int off[T], which[T], blocks = (c->Cout + NR - 1) / NR;
+    if (!pad(&a, x, c->B, c->H, c->W, c->Cin, c->ph, c->ph, c->pw, c->pw, 0, threads)) return 0;
+    for (int t = 0; t < T; t++) {
+        off[t] = (t / c->kw * c->dh * a.W + t % c->kw * c->dw) * c->Cin;
+        which[t] = t;
+    }
+    struct grid g = {c->Ho, c->Wo, T, off, which, 0, 0, (ptrdiff_t)c->sh * a.W * c->Cin, (ptrdiff_t)c->sw * c->Cin,
+                     (ptrdiff_t)c->Wo * c->Cout, c->Cout};
+    int chunk = share(c->B, blocks, threads), chunks = (c->B + chunk - 1) / chunk;
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+    for (int i = 0; i < chunks * blocks; i++) {
+        int s0 = i / blocks * chunk, S = c->B - s0 < chunk ? c->B - s0 : chunk;
+        ok = NAME(dense)(c, 0, 1, &g, y, (size_t)c->Ho * c->Wo * c->Cout, a.x, a.sample, pi, bank, bias, s0, S,
+                         i % blocks * NR) && ok;
+    }
+    free(a.copy);
+    return ok;
+}
+
+static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy, const float *pi, const float *bank,
+                                int threads)
+{
+    int T = c->kh * c->kw, ok = 1;
+    if (c->groups > 1) {
+        size_t size = (size_t)NAME(blocks)(c) * T * V;
+        float *gathered = room(c->K * size);
+        if (!gathered) return 0;
+        NAME(depthwise_gather)(c, gathered, bank);
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+        for (int b = 0; b < c->B; b++) {
+            float *mixed = room(size);
+            if (mixed) NAME(depthwise_mix)(c, mixed, gathered, pi + b * c->K, size);
+            ok = mixed && NAME(depthwise)(c, 1, gx + (size_t)b * c->H * c->W * c->Cin,
+                                          gy + (size_t)b * c->Ho * c->Wo * c->Cin, mixed, NULL) && ok;
+            free(mixed);
+        }
+        free(gathered);
+        return ok;
+    }
+    /* A convolution of gy for each phase of the stride, with the taps that reach it. */
+    int phases = c->sh * c->sw, off[phases][T], which[phases][T], grids = 0, blocks = (c->Cin + NR - 1) / NR;
+    int top = border((c->kh - 1) * c->dh - c->ph, c->sh), left = border((c->kw - 1) * c->dw - c->pw, c->sw);
+    int bottom = (c->H - 1 + c->ph) / c->sh - (c->Ho - 1), right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
+    struct padded a = {0};
+    struct grid g[phases];
+    if (!pad(&a, gy, c->B, c->Ho, c->Wo, c->Cout, top, bottom > 0 ? bottom : 0, left, right > 0 ? right : 0, 0, threads)) return 0;
+    for (int i = 0; i < phases; i++) {
+        int h = i / c->sw, w = i % c->sw, taps = 0;
+        if (h >= c->H || w >= c->W) continue;
+        for (int t = 0; t < T; t++) {
+            int r = h + c->ph - t / c->kw * c->dh, q = w + c->pw - t % c->kw * c->dw;
+            if (r % c->sh || q % c->sw) continue;
+            off[grids][taps] = ((r / c->sh + top) * a.W + q / c->sw + left) * c->Cout;
+            which[grids][taps++] = t;
+        }
+        g[grids] = (struct grid){(c->H - h + c->sh - 1) / c->sh, (c->W - w + c->sw - 1) / c->sw, taps, off[grids], which[grids],
+                                 0, ((ptrdiff_t)h * c->W + w) * c->Cin, (ptrdiff_t)a.W * c->Cout, c->Cout,
+                                 (ptrdiff_t)c->sh * c->W * c->Cin, (ptrdiff_t)c->sw * c->Cin};
+        grids++;
+    }
+    int chunk = share(c->B, blocks, threads), chunks = (c->B + chunk - 1) / chunk;
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+    for (int i = 0; i < chunks * blocks; i++) {
+        int s0 = i / blocks * chunk, S = c->B - s0 < chunk ? c->B - s0 : chunk;
+        ok = NAME(dense)(c, 1, grids, g, gx, (size_t)c->H * c->W * c->Cin, a.x, a.sample, pi, bank, NULL, s0, S,
+                         i % blocks * NR) && ok;
+    }
+    free(a.copy);
+    return ok;
+}
+
+/* gpi (B, K) and gbank are written; either may be NULL. */
+static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x,
+                                  const float *pi, const float *bank, int threads)
+{
+    int T = c->kh * c->kw, K = c->K, ok = 1;
+    if (gpi) memset(gpi, 0, sizeof(float) * c->B * K);
+    if (c->groups > 1) {
+        int blocks = NAME(blocks)(c), twice = blocks * V - c->Cin;
+        size_t size = (size_t)blocks * T * V;
+        float *gathered = room((2 * K + c->B) * size), *gradient = gathered + K * size, *mixed = gradient + K * size;
+        if (!gathered) return 0;
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+        for (int b = 0; b < c->B; b++)
+            ok = NAME(depthwise_weights)(c, mixed + b * size, gy + (size_t)b * c->Ho * c->Wo * c->Cin,
+                                         x + (size_t)b * c->H * c->W * c->Cin) && ok;
+        if (gpi) NAME(depthwise_gather)(c, gathered, bank);
+        if (gbank) memset(gradient, 0, sizeof(float) * K * size);
+        if (ok) NAME(unmix)(c, gpi, gbank ? gradient : NULL, pi, gathered, mixed, c->B, size);
+        for (int k = 0; gbank && k < K; k++)
+            for (int b = 0; b < blocks; b++)
+                for (int t = 0; t < T; t++)
+                    for (int i = b == blocks - 1 ? twice : 0; i < V; i++)
+                        gbank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t] = gradient[k * size + ((size_t)b * T + t) * V + i];
+        free(gathered);
+        return ok;
+    }
+    int blocks = (c->Cout + OB - 1) / OB;
+    float *partial = gpi ? room((size_t)blocks * c->B * K) : NULL;
+    struct padded a = {0};
+    if (gpi && !partial) return 0;
+    if (!pad(&a, x, c->B, c->H, c->W, c->Cin, c->ph, c->ph, c->pw, c->pw, c->Cin % NR ? NR : 0, threads)) {
+        free(partial);
+        return 0;
+    }
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+    for (int i = 0; i < blocks; i++) {
+        float *mine = gpi ? partial + (size_t)i * c->B * K : NULL;
+        if (mine) memset(mine, 0, sizeof(float) * c->B * K);
+        ok = NAME(dense_weights)(c, mine, gbank, gy, a.x, (size_t)a.W * c->Cin, a.sample, pi, bank, i * OB) && ok;
+    }
+    for (int i = 0; gpi && i < blocks; i++)
+        for (int j = 0; j < c->B * K; j++) gpi[j] += partial[(size_t)i * c->B * K + j];
+    free(partial);
+    free(a.copy);
+    return ok;
+}
+
+#undef vec
+#undef LOAD
+#undef STORE
+#undef splat
+#undef NAME
+#undef NV
+#undef NR
+#undef SUFFIX
+#undef V
+#undef MR
+#undef OB

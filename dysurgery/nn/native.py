@@ -1,0 +1,95 @@
+"""Per-sample convolutions in C, for a CPU and maps in channels_last: dense and depthwise, forward and backward.
+
+What :mod:`dysurgery.nn.tiles` does with torch's operations is done here in one call, ``_native.c``. A dense kernel is
+mixed for 8 samples from one pass over the bank, into panels in the order in which they are multiplied, which stay in
+the cache (the packing that BLIS and oneDNN do to a weight, with the mixing in it); a depthwise one is mixed and slides
+over rows that are padded as they come. The gradient of a mixed kernel goes to pi and to the bank from the cache too.
+
+The module is compiled when the package is installed, if there is a C compiler; without it, :func:`available` is false
+and the other ways are taken. It has AVX-512, AVX2 and plain vectors, and takes the best that the machine knows.
+
+Shapes as in :mod:`dysurgery.nn.execution`; all tensors are float32.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dysurgery.nn.tiles import Tiling
+
+try:
+    import dysurgery.nn._native as _native  # after torch, whose threads it uses
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
+
+def available() -> bool:
+    """Whether the module was compiled."""
+    return _native is not None
+
+
+def forward(x: Tensor, pi: Tensor, bank: Tensor, bias: Tensor | None, y: Tensor, tiling: "Tiling") -> None:
+    """Write y; bias (B, Cout) is mixed already."""
+    if not y.numel():
+        return
+    x, pi, bank = _last(x), _flat(pi), _flat(bank)
+    bias = None if bias is None else _flat(bias)
+    out = _last(y)
+    _native.forward(
+        out.data_ptr(), x.data_ptr(), pi.data_ptr(), bank.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        _numbers(x, y, pi, tiling), torch.get_num_threads(),
+    )  # fmt: skip
+    if out is not y:
+        y.copy_(out)
+
+
+def input_gradient(gy: Tensor, pi: Tensor, bank: Tensor, gx: Tensor, tiling: "Tiling") -> None:
+    """Write gx."""
+    gy, pi, bank = _last(gy), _flat(pi), _flat(bank)
+    out = _last(gx)
+    _native.input_gradient(
+        out.data_ptr(), gy.data_ptr(), pi.data_ptr(), bank.data_ptr(),
+        _numbers(gx, gy, pi, tiling), torch.get_num_threads(),
+    )  # fmt: skip
+    if out is not gx:
+        gx.copy_(out)
+
+
+def kernel_gradients(
+    gy: Tensor, x: Tensor, pi: Tensor, bank: Tensor, tiling: "Tiling", wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return those of the gradients of pi (B, K) and of the bank that are wanted."""
+    gy, x, pi, bank = _last(gy), _last(x), _flat(pi), _flat(bank)
+    gpi, gbank = (torch.empty_like(t) if want else None for t, want in zip((pi, bank), wanted, strict=True))
+    _native.weight_gradients(
+        0 if gpi is None else gpi.data_ptr(), 0 if gbank is None else gbank.data_ptr(),
+        gy.data_ptr(), x.data_ptr(), pi.data_ptr(), bank.data_ptr(),
+        _numbers(x, gy, pi, tiling), torch.get_num_threads(),
+    )  # fmt: skip
+    return gpi, gbank
+
+
+def _last(x: Tensor) -> Tensor:
+    """Return x with its channels innermost in memory."""
+    return _checked(x).contiguous(memory_format=torch.channels_last)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return x row by row."""
+    return _checked(x).contiguous()
+
+
+def _checked(x: Tensor) -> Tensor:
+    """Return what may be given to C by its address."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise TypeError(f"compiled C takes float32 on a CPU, not {x.dtype} on {x.device.type}")
+    return x
+
+
+def _numbers(x: Tensor, y: Tensor, pi: Tensor, tiling: "Tiling") -> tuple[int, ...]:
+    """Return ``struct conv`` of _native.c."""
+    (batch, channels, *size), out = x.shape, y.shape[1:]
+    rest = (*tiling.weight_shape[2:], *tiling.stride, *tiling.padding, *tiling.dilation, tiling.groups)
+    return (batch, pi.shape[1], *size, channels, *out[1:], out[0], *rest)

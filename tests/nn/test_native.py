@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dysurgery.nn import native
+from dysurgery.nn.execution import WAYS, Geometry, choose, covers
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C compiler")
+DENSE = Geometry((40, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+DEPTHWISE = Geometry((24, 1, 3, 3), (2, 2), (1, 1), (1, 1), 24)
+
+
+@pytest.fixture(params=native._native.names() if native.available() else [])
+def instructions(request):
+    """Each instruction set of this machine in turn."""
+    native._native.use(request.param)
+    yield request.param
+    native._native.use(native._native.names()[0])
+
+
+def nhwc(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def tensors(geometry, batch, size, k, bias=True):
+    torch.manual_seed(0)
+    channels = geometry.weight_shape[1] * geometry.groups
+    biases = torch.randn(k, geometry.out_channels) if bias else None
+    x = nhwc(torch.randn(batch, channels, *size))
+    return x, torch.randn(batch, k), torch.randn(k, math.prod(geometry.weight_shape)), biases
+
+
+def run(way, given, geometry, dtype):
+    """Return the output and the gradients, of which the seed is the same for all ways."""
+    inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in given]
+    y = WAYS[way](*inputs, geometry)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [y, *torch.autograd.grad(y, [t for t in inputs if t is not None], direction)]
+
+
+def assert_equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a.double() - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3)
+
+
+@st.composite
+def cases(draw):
+    """A dense or depthwise geometry, a batch, a size and K: odd ones too."""
+
+    def pair(low, high):
+        return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+
+    kernel, stride, dilation, padding = pair(1, 5), pair(1, 3), pair(1, 2), pair(0, 3)
+    smallest = [max(1, d * (s - 1) + 1 - 2 * p) for s, d, p in zip(kernel, dilation, padding, strict=True)]
+    size = tuple(draw(st.integers(low, low + 9)) for low in smallest)
+    if draw(st.booleans()):
+        channels = draw(st.integers(16, 40))
+        geometry = Geometry((channels, 1, *kernel), stride, padding, dilation, channels)
+    else:
+        geometry = Geometry((draw(st.integers(1, 70)), draw(st.integers(2, 70)), *kernel), stride, padding, dilation, 1)
+    return geometry, draw(st.integers(1, 11)), size, draw(st.integers(1, 6)), draw(st.booleans())
+
+
+@given(case=cases())
+@settings(max_examples=60, deadline=None)
+def test_it_equals_the_grouped_convolution_in_float64_for_every_geometry_and_instruction_set(case):
+    geometry, *rest = case
+    given = tensors(geometry, *rest)
+    expected = run("grouped", given, geometry, torch.float64)
+    for name in native._native.names():
+        native._native.use(name)
+        try:
+            assert_equal(run("native", given, geometry, torch.float32), expected)
+        finally:
+            native._native.use(native._native.names()[0])
+
+
+@pytest.mark.parametrize("size", [(7, 7), (30, 41)])
+@pytest.mark.parametrize("geometry", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
+def test_two_threads_compute_what_one_does(instructions, geometry, size):
+    given, threads = tensors(geometry, 9, size, 4), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(run("native", given, geometry, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("geometry", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
+def test_inputs_that_lie_otherwise_in_memory_give_the_same(geometry):
+    x, pi, bank, biases = tensors(geometry, 3, (9, 8), 4)
+    expected = run("native", (x, pi, bank, biases), geometry, torch.float32)[0]
+    wider = torch.zeros(6, 9, 10, x.shape[1])
+    wider[::2, :, 1:9] = x.movedim(1, -1)
+    sliced = wider.movedim(-1, 1)[::2, :, :, 1:9]
+    assert sliced.stride(1) == 1
+    with torch.no_grad():
+        for other in (sliced, x.contiguous()):
+            y = WAYS["native"](other, pi.T.contiguous().T, bank, biases, geometry)
+            torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+            assert y.is_contiguous(memory_format=torch.channels_last) == (other is sliced)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("geometry", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
+def test_only_the_gradients_that_are_wanted_are_there(geometry, wanted):
+    given = tensors(geometry, 3, (7, 6), 4)
+    expected = run("native", given, geometry, torch.float32)
+    inputs = [t.clone().requires_grad_(want) for t, want in zip(given, (*wanted, False), strict=True)]
+    y = WAYS["native"](*inputs, geometry)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(direction)
+    for t, want, gradient in zip(inputs, wanted, expected[1:4], strict=False):
+        assert (t.grad is not None) == want
+        if want:
+            torch.testing.assert_close(t.grad, gradient, rtol=1e-5, atol=1e-4)
+
+
+def test_it_is_one_node_of_a_compiled_graph():
+    given = tensors(DENSE, 3, (7, 6), 4)
+    compiled = torch.compile(WAYS["native"], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given, DENSE), WAYS["native"](*given, DENSE))
+
+
+def test_it_is_taken_for_float32_in_channels_last_alone():
+    x = nhwc(torch.empty(8, 20, 14, 14))
+    assert choose(x, DENSE) == choose(x, DENSE, train=True) == "native"
+    assert not covers("native", x.contiguous(), DENSE)
+    assert not covers("native", x.double(), DENSE)
+    assert not covers("native", x, DENSE._replace(groups=2, weight_shape=(40, 10, 3, 3)))
+    assert not covers("native", x[:0], DENSE)
+    with torch.autocast("cpu"):
+        assert not covers("native", x, DENSE)
+    with pytest.raises(TypeError, match=r"float32 on a CPU, not torch\.float64"):
+        WAYS["native"](x.double(), torch.ones(8, 1).double(), torch.ones(1, 7200).double(), None, DENSE)
+
+
+def test_without_the_compiled_module_other_ways_are_taken(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    x = nhwc(torch.empty(8, 20, 14, 14))
+    assert not covers("native", x, DENSE)
+    assert choose(x, DENSE) != "native"
+
+
+def test_it_keeps_no_mixed_kernels_for_the_backward_pass():
+    given, kept = [t.requires_grad_() for t in tensors(DENSE, 3, (7, 6), 4)], []
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = WAYS["native"](*given, DENSE)
+    assert set(kept) <= {t.untyped_storage().data_ptr() for t in given}
+    nn.functional.relu_(y).sum().backward()  # an activation in place may follow
+
+
+def test_nan_and_infinity_stay_in_their_sample():
+    x, pi, bank, biases = tensors(DENSE, 4, (7, 6), 4)
+    clean = WAYS["native"](x, pi, bank, biases, DENSE)
+    x = x.clone(memory_format=torch.preserve_format)
+    x[1, 3, 2, 2], x[2, 0, 0, 0] = math.nan, math.inf
+    y = WAYS["native"](x, pi, bank, biases, DENSE)
+    assert y[1].isnan().any()
+    assert not y[2].isfinite().all()
+    torch.testing.assert_close(y[[0, 3]], clean[[0, 3]], rtol=0, atol=0)
+
+
+def test_another_instruction_set_must_be_one_of_the_machine():
+    with pytest.raises(ValueError, match="no instruction set of this machine: mmx"):
+        native._native.use("mmx")
