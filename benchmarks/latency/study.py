@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 NETWORKS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100")
 PARTS = {
-    "one thread, training": "--batch 8 --train --autotune --threads 1 --seconds 8 --same-layout",
-    "one thread": "--batch 1,32 --autotune --threads 1 --seconds 8 --same-layout",
+    "one thread, training": "--batch 8 --train --threads 1 --seconds 8",
+    "one thread": "--batch 1,32 --threads 1 --seconds 8",
+    "two threads": "--batch 1,8 --threads 2 --seconds 8",
     "one thread, compiled": "--batch 1 --compile --layout nhwc --threads 1 --seconds 8",
-    "two threads": "--batch 1,8 --autotune --threads 2 --seconds 8 --same-layout",
 }
 AIMS = {("infer", 1): 1.25, ("infer", 8): 1.25, ("infer", 32): 1.2, ("train", 8): 1.35}
 

@@ -291,9 +291,9 @@ def covers(way: str, x: Tensor, geometry: Geometry) -> bool:
         return False
     if len(geometry.stride) != 2 or geometry.transposed or padding is None or x.numel() == 0:
         return False
-    if way == "native" and not _has_native(x, geometry):
-        return False
-    return way in ("each", "packed", "native", "returned", "stacked") or geometry.groups == 1
+    if way == "native":
+        return _has_native(x, geometry)
+    return way in ("each", "packed", "returned", "stacked") or geometry.groups == 1
 
 
 def _has_native(x: Tensor, geometry: Geometry) -> bool:
@@ -341,8 +341,7 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     plain = x.device.type != "cpu" or not (compiling or _eager())
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
     large = (MAX_SAMPLES if compiling else batch) * weights * x.element_size() > 4 * MIB
-    c = not plain and _has_native(x, geometry) and covers("native", x, geometry)
-    if c and _prefers_c(x, geometry, train, large):
+    if not plain and covers("native", x, geometry) and _prefers_c(x, geometry, train, large):
         return "native"
     if covers("matmul", x, geometry) and batch > 1:
         # Several threads share one product better than the tiles of one.

@@ -11,6 +11,7 @@ c samples and R output channels are in a tile, P = H' * W' positions in a map of
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,8 @@ def tiled(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling:
     """
     device = x.device.type
     pi = pi.to(bank.dtype)
-    if torch.is_autocast_enabled(device):
+    lowered = torch.is_autocast_enabled(device)
+    if lowered:
         lower = torch.get_autocast_dtype(device)
         x, pi, bank = (t if t.dtype == torch.float64 else t.to(lower) for t in (x, pi, bank))
         bias_bank = None if bias_bank is None else bias_bank.to(bank.dtype)
@@ -74,7 +76,7 @@ def tiled(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling:
         compiled: Tensor = _compiled(x, pi, bank, bias_bank, *tiling)
         return compiled
     wanted = any(t is not None and t.requires_grad for t in (x, pi, bank, bias_bank))
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if lowered else nullcontext():
         if wanted and torch.is_grad_enabled():
             y: Tensor = _Tiled.apply(x, pi, bank, bias_bank, tiling)
             return y
