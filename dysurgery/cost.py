@@ -8,10 +8,12 @@ and element-wise arithmetic are not counted.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -153,7 +155,7 @@ def cost(model: nn.Module, example: Example) -> CostReport:
         if isinstance(module, DynamicLayer) or is_site(module, linear=False):
             handles.append(module.register_forward_pre_hook(counter.enter))
             handles.append(module.register_forward_hook(counter.leave))
-    with counter:
+    with counter, _plain_attention():
         run(copied, example)
     for handle in handles:
         handle.remove()
@@ -168,6 +170,17 @@ def cost(model: nn.Module, example: Example) -> CostReport:
     images = first_batch(model, example)
     shape = () if images is None else tuple(images.shape[1:])
     return CostReport(count_parameters(model), total // batch, tuple(sites), shape)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep nn.MultiheadAttention from its one operation for inference, for which torch has no formula."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -105,6 +105,14 @@ def test_functional_convolutions_and_products_are_counted():
     assert report.mult_adds.total == 64 * 8 * 27 + 8 * 8 * 64
 
 
+def test_the_attention_of_torch_is_counted_in_inference_too():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    tokens = torch.zeros(1, 5, 16)
+    products = 5 * (4 * 16 * 16 + 2 * 16 * 32) + 2 * 5 * 5 * 16
+    assert dysurgery.cost(encoder, tokens).mult_adds.total == products
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_shared_layer_has_its_parameters_once_and_its_calls_each():
     conv = nn.Conv2d(4, 4, 1, bias=False)
     report = dysurgery.cost(nn.Sequential(conv, conv, conv), torch.randn(1, 4, 5, 5))
