@@ -23,11 +23,12 @@ struct conv {
     int B, K, H, W, Cin, Ho, Wo, Cout, kh, kw, sh, sw, ph, pw, dh, dw, groups;
 };
 
-/* Positions in rows and columns, where they are in x and y, and the taps of each: `off` in x, `which` of the kernel. */
+/* Positions in rows and columns, where they are in x and y (from `y` on), and their taps: `off` in x, `which` of the
+ * kernel. */
 struct grid {
     int rows, columns, taps;
     const int *off, *which;
-    ptrdiff_t x, y, x_row, x_column, y_row, y_column;
+    ptrdiff_t y, x_row, x_column, y_row, y_column;
 };
 
 static float *room(size_t floats)

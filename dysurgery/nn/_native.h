@@ -179,6 +179,14 @@ static void NAME(gather)(const struct conv *c, float *to, size_t tap, size_t ker
             NAME(spread)(to + v, tap, bank + (((size_t)k * c->Cout + o) * c->Cin + c0 + v) * T, T, cn - v, end);
 }
 
+/* A vector of the kernel of one sample: sum_k pi_k from_k, where the kernels are `step` apart. */
+INLINE vec NAME(mixed)(const float *pi, int K, const float *from, size_t step)
+{
+    vec mixed = splat(pi[0]) * LOAD(from);
+    for (int k = 1; k < K; k++) mixed += splat(pi[k]) * LOAD(from + k * step);
+    return mixed;
+}
+
 /* The same as panels_of_outputs with channels and outputs exchanged: panels (tap, output, NR channels). */
 static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t panel, float *gathered, const float *pi,
                                      const float *bank, int S, int o0, int on, int c0, int cn)
@@ -190,11 +198,7 @@ static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t
             for (int v = 0; v < NR; v += V) {
                 const float *from = gathered + t * NR + v;
                 float *to = panels + ((size_t)t * on + o) * NR + v;
-                for (int s = 0; s < S; s++) {
-                    vec mixed = splat(pi[s * K]) * LOAD(from);
-                    for (int k = 1; k < K; k++) mixed += splat(pi[s * K + k]) * LOAD(from + (size_t)k * T * NR);
-                    STORE(to + s * panel, mixed);
-                }
+                for (int s = 0; s < S; s++) STORE(to + s * panel, NAME(mixed)(pi + s * K, K, from, (size_t)T * NR));
             }
     }
 }
@@ -283,7 +287,7 @@ static int NAME(dense)(const struct conv *c, int backward, int grids, const stru
             if (bias) memcpy(first, bias + (size_t)(s0 + s) * outputs + o0, sizeof(float) * on);
             for (int i = 0; i < grids; i++)
                 NAME(multiply)(&g[i], y + (s0 + s) * y_sample + g[i].y + o0, on, c0 ? NULL : first,
-                               x + (s0 + s) * x_sample + g[i].x + c0, cn, panels + panel * s);
+                               x + (s0 + s) * x_sample + c0, cn, panels + panel * s);
         }
     }
     free(panels);
@@ -426,15 +430,6 @@ static void NAME(depthwise_gather)(const struct conv *c, float *to, const float 
                 for (int i = 0; i < V; i++) *to++ = bank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t];
 }
 
-static void NAME(depthwise_mix)(const struct conv *c, float *to, const float *gathered, const float *pi, size_t size)
-{
-    for (size_t v = 0; v < size; v += V) {
-        vec mixed = splat(pi[0]) * LOAD(gathered + v);
-        for (int k = 1; k < c->K; k++) mixed += splat(pi[k]) * LOAD(gathered + k * size + v);
-        STORE(to + v, mixed);
-    }
-}
-
 /* n positions of one row: y = first + sum over a (rows) x b (columns) taps. */
 INLINE void NAME(line)(const int A, const int B, float *y, ptrdiff_t y_step, const float *const *x, const int *shift,
                        ptrdiff_t x_step, const float *const *w, int n, const float *first)
@@ -547,42 +542,59 @@ static int NAME(depthwise_weights)(const struct conv *c, float *gw, const float 
     return 1;
 }
 
+/* All samples: y from x (backward: 0), gx from gy (backward: 1), in parallel. */
+static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y, const float *x, const float *pi,
+                                   const float *bank, const float *bias, int threads)
+{
+    size_t size = (size_t)NAME(blocks)(c) * c->kh * c->kw * V;
+    size_t in = (size_t)c->H * c->W * c->Cin, out = (size_t)c->Ho * c->Wo * c->Cin;
+    float *gathered = room(c->K * size);
+    int ok = 1;
+    if (!gathered) return 0;
+    NAME(depthwise_gather)(c, gathered, bank);
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+    for (int b = 0; b < c->B; b++) {
+        float *mixed = room(size);
+        for (size_t v = 0; mixed && v < size; v += V)
+            STORE(mixed + v, NAME(mixed)(pi + b * c->K, c->K, gathered + v, size));
+        ok = mixed && NAME(depthwise)(c, backward, y + b * (backward ? in : out), x + b * (backward ? out : in), mixed,
+                                      bias ? bias + (size_t)b * c->Cin : NULL) && ok;
+        free(mixed);
+    }
+    free(gathered);
+    return ok;
+}
+
+/* The same of a dense convolution, whose x is padded: blocks of NR channels and chunks of samples in parallel. */
+static int NAME(dense_samples)(const struct conv *c, int backward, int grids, const struct grid *g, float *y, const float *x,
+                               size_t x_sample, const float *pi, const float *bank, const float *bias, int threads)
+{
+    size_t y_sample = backward ? (size_t)c->H * c->W * c->Cin : (size_t)c->Ho * c->Wo * c->Cout;
+    int blocks = ((backward ? c->Cin : c->Cout) + NR - 1) / NR, ok = 1;
+    int chunk = share(c->B, blocks, threads), chunks = (c->B + chunk - 1) / chunk;
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+    for (int i = 0; i < chunks * blocks; i++) {
+        int s0 = i / blocks * chunk, S = c->B - s0 < chunk ? c->B - s0 : chunk;
+        ok = NAME(dense)(c, backward, grids, g, y, y_sample, x, x_sample, pi, bank, bias, s0, S, i % blocks * NR) && ok;
+    }
+    return ok;
+}
+
 static int NAME(forward)(const struct conv *c, float *y, const float *x, const float *pi, const float *bank,
                          const float *bias, int threads)
 {
-    int T = c->kh * c->kw, ok = 1;
-    if (c->groups > 1) {
-        size_t size = (size_t)NAME(blocks)(c) * T * V;
-        float *gathered = room(c->K * size);
-        if (!gathered) return 0;
-        NAME(depthwise_gather)(c, gathered, bank);
-#pragma omp parallel for num_threads(threads) reduction(&& : ok)
-        for (int b = 0; b < c->B; b++) {
-            float *mixed = room(size);
-            if (mixed) NAME(depthwise_mix)(c, mixed, gathered, pi + b * c->K, size);
-            ok = mixed && NAME(depthwise)(c, 0, y + (size_t)b * c->Ho * c->Wo * c->Cin, x + (size_t)b * c->H * c->W * c->Cin,
-                                          mixed, bias ? bias + (size_t)b * c->Cin : NULL) && ok;
-            free(mixed);
-        }
-        free(gathered);
-        return ok;
-    }
+    int T = c->kh * c->kw;
+    if (c->groups > 1) return NAME(depthwise_samples)(c, 0, y, x, pi, bank, bias, threads);
     struct padded a = {0};
-    int off[T], which[T], blocks = (c->Cout + NR - 1) / NR;
+    int off[T], which[T];
     if (!pad(&a, x, c->B, c->H, c->W, c->Cin, c->ph, c->ph, c->pw, c->pw, 0, threads)) return 0;
     for (int t = 0; t < T; t++) {
         off[t] = (t / c->kw * c->dh * a.W + t % c->kw * c->dw) * c->Cin;
         which[t] = t;
     }
-    struct grid g = {c->Ho, c->Wo, T, off, which, 0, 0, (ptrdiff_t)c->sh * a.W * c->Cin, (ptrdiff_t)c->sw * c->Cin,
+    struct grid g = {c->Ho, c->Wo, T, off, which, 0, (ptrdiff_t)c->sh * a.W * c->Cin, (ptrdiff_t)c->sw * c->Cin,
                      (ptrdiff_t)c->Wo * c->Cout, c->Cout};
-    int chunk = share(c->B, blocks, threads), chunks = (c->B + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(threads) reduction(&& : ok)
-    for (int i = 0; i < chunks * blocks; i++) {
-        int s0 = i / blocks * chunk, S = c->B - s0 < chunk ? c->B - s0 : chunk;
-        ok = NAME(dense)(c, 0, 1, &g, y, (size_t)c->Ho * c->Wo * c->Cout, a.x, a.sample, pi, bank, bias, s0, S,
-                         i % blocks * NR) && ok;
-    }
+    int ok = NAME(dense_samples)(c, 0, 1, &g, y, a.x, a.sample, pi, bank, bias, threads);
     free(a.copy);
     return ok;
 }
@@ -590,25 +602,10 @@ static int NAME(forward)(const struct conv *c, float *y, const float *x, const f
 static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy, const float *pi, const float *bank,
                                 int threads)
 {
-    int T = c->kh * c->kw, ok = 1;
-    if (c->groups > 1) {
-        size_t size = (size_t)NAME(blocks)(c) * T * V;
-        float *gathered = room(c->K * size);
-        if (!gathered) return 0;
-        NAME(depthwise_gather)(c, gathered, bank);
-#pragma omp parallel for num_threads(threads) reduction(&& : ok)
-        for (int b = 0; b < c->B; b++) {
-            float *mixed = room(size);
-            if (mixed) NAME(depthwise_mix)(c, mixed, gathered, pi + b * c->K, size);
-            ok = mixed && NAME(depthwise)(c, 1, gx + (size_t)b * c->H * c->W * c->Cin,
-                                          gy + (size_t)b * c->Ho * c->Wo * c->Cin, mixed, NULL) && ok;
-            free(mixed);
-        }
-        free(gathered);
-        return ok;
-    }
+    int T = c->kh * c->kw;
+    if (c->groups > 1) return NAME(depthwise_samples)(c, 1, gx, gy, pi, bank, NULL, threads);
     /* A convolution of gy for each phase of the stride, with the taps that reach it. */
-    int phases = c->sh * c->sw, off[phases][T], which[phases][T], grids = 0, blocks = (c->Cin + NR - 1) / NR;
+    int phases = c->sh * c->sw, off[phases][T], which[phases][T], grids = 0;
     int top = border((c->kh - 1) * c->dh - c->ph, c->sh), left = border((c->kw - 1) * c->dw - c->pw, c->sw);
     int bottom = (c->H - 1 + c->ph) / c->sh - (c->Ho - 1), right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
     struct padded a = {0};
@@ -624,17 +621,11 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
             which[grids][taps++] = t;
         }
         g[grids] = (struct grid){(c->H - h + c->sh - 1) / c->sh, (c->W - w + c->sw - 1) / c->sw, taps, off[grids], which[grids],
-                                 0, ((ptrdiff_t)h * c->W + w) * c->Cin, (ptrdiff_t)a.W * c->Cout, c->Cout,
+                                 ((ptrdiff_t)h * c->W + w) * c->Cin, (ptrdiff_t)a.W * c->Cout, c->Cout,
                                  (ptrdiff_t)c->sh * c->W * c->Cin, (ptrdiff_t)c->sw * c->Cin};
         grids++;
     }
-    int chunk = share(c->B, blocks, threads), chunks = (c->B + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(threads) reduction(&& : ok)
-    for (int i = 0; i < chunks * blocks; i++) {
-        int s0 = i / blocks * chunk, S = c->B - s0 < chunk ? c->B - s0 : chunk;
-        ok = NAME(dense)(c, 1, grids, g, gx, (size_t)c->H * c->W * c->Cin, a.x, a.sample, pi, bank, NULL, s0, S,
-                         i % blocks * NR) && ok;
-    }
+    int ok = NAME(dense_samples)(c, 1, grids, g, gx, a.x, a.sample, pi, bank, NULL, threads);
     free(a.copy);
     return ok;
 }
