@@ -31,9 +31,42 @@ struct grid {
     ptrdiff_t y, x_row, x_column, y_row, y_column;
 };
 
+/* Buffers that are kept from call to call, as a fresh one costs a page fault for each 4 KiB. */
+static struct {
+    float *at;
+    size_t floats;
+    int taken;
+} kept[4];
+
+#define KEPT (sizeof kept / sizeof *kept)
+#define KEEP ((size_t)4 << 20) /* floats of a buffer that is kept, at most */
+
+static float *fresh(size_t floats) { return aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64); }
+
 static float *room(size_t floats)
 {
-    return aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64);
+    for (int grow = 0; grow < 2 && floats <= KEEP; grow++)
+        for (size_t i = 0; i < KEPT; i++) {
+            if (__atomic_exchange_n(&kept[i].taken, 1, __ATOMIC_ACQUIRE)) continue;
+            if (grow && kept[i].floats < floats) {
+                free(kept[i].at);
+                kept[i].at = fresh(floats);
+                kept[i].floats = kept[i].at ? floats : 0;
+            }
+            if (kept[i].at && kept[i].floats >= floats) return kept[i].at;
+            __atomic_store_n(&kept[i].taken, 0, __ATOMIC_RELEASE);
+        }
+    return fresh(floats);
+}
+
+static void leave(float *buffer)
+{
+    for (size_t i = 0; buffer && i < KEPT; i++)
+        if (kept[i].at == buffer) {
+            __atomic_store_n(&kept[i].taken, 0, __ATOMIC_RELEASE);
+            return;
+        }
+    free(buffer);
 }
 
 /* Maps (B, H, W, C) with a border of zeros; x itself where there is none. */
@@ -125,7 +158,7 @@ static const float *row_at(struct rows *r, int at)
     return r->buffer + at % r->count * row + left;
 }
 
-static void rows_end(struct rows *r) { free(r->buffer); }
+static void rows_end(struct rows *r) { leave(r->buffer); }
 
 #define SET(set) {#set, forward_##set, input_gradient_##set, weight_gradients_##set}
 

@@ -71,6 +71,14 @@ INLINE void NAME(transpose)(vec *rows)
             if (!(i & d)) NAME(exchange)(&rows[i], &rows[i + d], d);
 }
 
+/* A vector of the kernel of one sample: sum_k pi_k from_k, where the kernels are `step` apart. */
+INLINE vec NAME(mixed)(const float *pi, int K, const float *from, size_t step)
+{
+    vec mixed = splat(pi[0]) * LOAD(from);
+    for (int k = 1; k < K; k++) mixed += splat(pi[k]) * LOAD(from + k * step);
+    return mixed;
+}
+
 /* Mix the panels of S samples for the outputs o0 .. o0 + on and the channels c0 .. c0 + cn. RUN columns at a time are
  * gathered first, as rows that lie a power of two apart evict one another; meanwhile the next are fetched. */
 static void NAME(panels_of_outputs)(const struct conv *c, float *panels, size_t panel, float *gathered, const float *pi,
@@ -78,6 +86,7 @@ static void NAME(panels_of_outputs)(const struct conv *c, float *panels, size_t 
 {
     int K = c->K, T = c->kh * c->kw, n = c->Cin * T, columns = cn * T;
     size_t kernel = (size_t)c->Cout * n;
+    float turned[K * V * V];
     for (int ob = 0; ob < on; ob += V) {
         int have = on - ob < V ? on - ob : V;
         for (int j = 0; j < columns; j += RUN) {
@@ -99,6 +108,22 @@ static void NAME(panels_of_outputs)(const struct conv *c, float *panels, size_t 
                 int m = run - q < V ? run - q : V;
                 float *to[V];
                 for (int i = 0; i < m; i++) to[i] = panels + ((size_t)((j + q + i) % T) * cn + (j + q + i) / T) * NR + ob;
+                if (S > K) { /* K transpositions instead of S */
+                    for (int k = 0; k < K; k++) {
+                        vec kernel[V];
+#pragma GCC unroll 16
+                        for (int i = 0; i < V; i++) kernel[i] = LOAD(gathered + q + (size_t)(k * V + i) * RUN);
+                        NAME(transpose)(kernel);
+#pragma GCC unroll 16
+                        for (int i = 0; i < V; i++) STORE(turned + (k * V + i) * V, kernel[i]);
+                    }
+                    for (int s = 0; s < S; s++) {
+                        for (int row = s; row < rows; row += S) __builtin_prefetch(next[row] + q, 0, 2);
+                        for (int i = 0; i < m; i++)
+                            STORE(to[i] + s * panel, NAME(mixed)(pi + s * K, K, turned + i * V, V * V));
+                    }
+                    continue;
+                }
                 for (int s = 0; s < S; s++) {
                     for (int row = s; row < rows; row += S) __builtin_prefetch(next[row] + q, 0, 2);
                     vec mixed[V], p = splat(pi[s * K]);
@@ -179,14 +204,6 @@ static void NAME(gather)(const struct conv *c, float *to, size_t tap, size_t ker
             NAME(spread)(to + v, tap, bank + (((size_t)k * c->Cout + o) * c->Cin + c0 + v) * T, T, cn - v, end);
 }
 
-/* A vector of the kernel of one sample: sum_k pi_k from_k, where the kernels are `step` apart. */
-INLINE vec NAME(mixed)(const float *pi, int K, const float *from, size_t step)
-{
-    vec mixed = splat(pi[0]) * LOAD(from);
-    for (int k = 1; k < K; k++) mixed += splat(pi[k]) * LOAD(from + k * step);
-    return mixed;
-}
-
 /* The same as panels_of_outputs with channels and outputs exchanged: panels (tap, output, NR channels). */
 static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t panel, float *gathered, const float *pi,
                                      const float *bank, int S, int o0, int on, int c0, int cn)
@@ -242,8 +259,8 @@ static void NAME(multiply)(const struct grid *g, float *y, int on, const float *
         int begin = (int)((long long)count * i / tiles), M = (int)((long long)count * (i + 1) / tiles) - begin;
         float *to[MR], *target[MR], edge[MR * NR];
         const float *from[MR];
-        for (int m = 0; m < M; m++) {
-            int r = (begin + m) / g->columns, q = (begin + m) % g->columns;
+        for (int m = 0, r = begin / g->columns, q = begin % g->columns; m < M; m++, q++) {
+            if (q == g->columns) q = 0, r++;
             from[m] = x + r * g->x_row + q * g->x_column;
             to[m] = target[m] = y + r * g->y_row + q * g->y_column;
             if (on < NR) {
@@ -290,7 +307,7 @@ static int NAME(dense)(const struct conv *c, int backward, int grids, const stru
                                x + (s0 + s) * x_sample + c0, cn, panels + panel * s);
         }
     }
-    free(panels);
+    leave(panels);
     return 1;
 }
 
@@ -373,6 +390,18 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, c
     float *gathered = room((2 * K + SAMPLES) * size);
     if (!gathered) return 0;
     float *gradient = gathered + K * size, *mixed = gradient + K * size;
+    /* The outputs of this block side by side, if they are read more than once: they lie a power of two apart. */
+    size_t positions = (size_t)c->Ho * c->Wo, step = c->Cin > NR ? OB : c->Cout;
+    float *packed = NULL;
+    if (step == OB) {
+        packed = room(c->B * positions * OB);
+        if (!packed) {
+            leave(gathered);
+            return 0;
+        }
+        for (size_t p = 0; p < c->B * positions; p++)
+            for (int m = 0; m < on; m++) packed[p * OB + m] = gy[p * c->Cout + o0 + m];
+    }
     for (int c0 = 0; c0 < c->Cin; c0 += NR) {
         int cn = c->Cin - c0 < NR ? c->Cin - c0 : NR;
         memset(gathered, 0, sizeof(float) * 2 * K * size);
@@ -383,14 +412,14 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, c
             for (int s = 0; s < S; s++)
                 for (int r0 = 0; r0 < c->Ho; r0 += band) {
                     int rows = c->Ho - r0 < band ? c->Ho - r0 : band;
-                    const float *g = gy + ((size_t)(s0 + s) * c->Ho + r0) * c->Wo * c->Cout + o0;
+                    const float *g = (packed ? packed : gy + o0) + ((s0 + s) * positions + (size_t)r0 * c->Wo) * step;
                     for (int t = 0; t < T; t++) {
                         const float *a = x + (s0 + s) * x_sample + (size_t)(r0 * c->sh + t / c->kw * c->dh) * x_row
                             + (size_t)(t % c->kw) * c->dw * c->Cin + c0;
                         float *to = mixed + s * size + (size_t)t * OB * NR;
 #define CASE(M) case M: \
-    if (cn > V) NAME(outer)(M, NV, to, g, (size_t)c->Wo * c->Cout, c->Cout, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
-    else NAME(outer)(M, 1, to, g, (size_t)c->Wo * c->Cout, c->Cout, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
+    if (cn > V) NAME(outer)(M, NV, to, g, c->Wo * step, step, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
+    else NAME(outer)(M, 1, to, g, c->Wo * step, step, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
     break;
                         switch (on) {
                         CASE(1) CASE(2) CASE(3) CASE(4)
@@ -410,7 +439,8 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, c
                 for (int v = 0; v < cn; v += V) NAME(collect)(to + v * T, from + v, OB * NR, T, cn - v);
             }
     }
-    free(gathered);
+    leave(packed);
+    leave(gathered);
     return 1;
 }
 
@@ -559,9 +589,9 @@ static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y,
             STORE(mixed + v, NAME(mixed)(pi + b * c->K, c->K, gathered + v, size));
         ok = mixed && NAME(depthwise)(c, backward, y + b * (backward ? in : out), x + b * (backward ? out : in), mixed,
                                       bias ? bias + (size_t)b * c->Cin : NULL) && ok;
-        free(mixed);
+        leave(mixed);
     }
-    free(gathered);
+    leave(gathered);
     return ok;
 }
 
@@ -595,7 +625,7 @@ static int NAME(forward)(const struct conv *c, float *y, const float *x, const f
     struct grid g = {c->Ho, c->Wo, T, off, which, 0, (ptrdiff_t)c->sh * a.W * c->Cin, (ptrdiff_t)c->sw * c->Cin,
                      (ptrdiff_t)c->Wo * c->Cout, c->Cout};
     int ok = NAME(dense_samples)(c, 0, 1, &g, y, a.x, a.sample, pi, bank, bias, threads);
-    free(a.copy);
+    leave(a.copy);
     return ok;
 }
 
@@ -626,7 +656,7 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
         grids++;
     }
     int ok = NAME(dense_samples)(c, 1, grids, g, gx, a.x, a.sample, pi, bank, NULL, threads);
-    free(a.copy);
+    leave(a.copy);
     return ok;
 }
 
@@ -653,7 +683,7 @@ static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank
                 for (int t = 0; t < T; t++)
                     for (int i = b == blocks - 1 ? twice : 0; i < V; i++)
                         gbank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t] = gradient[k * size + ((size_t)b * T + t) * V + i];
-        free(gathered);
+        leave(gathered);
         return ok;
     }
     int blocks = (c->Cout + OB - 1) / OB;
@@ -661,7 +691,7 @@ static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank
     struct padded a = {0};
     if (gpi && !partial) return 0;
     if (!pad(&a, x, c->B, c->H, c->W, c->Cin, c->ph, c->ph, c->pw, c->pw, c->Cin % NR ? NR : 0, threads)) {
-        free(partial);
+        leave(partial);
         return 0;
     }
 #pragma omp parallel for num_threads(threads) reduction(&& : ok)
@@ -672,8 +702,8 @@ static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank
     }
     for (int i = 0; gpi && i < blocks; i++)
         for (int j = 0; j < c->B * K; j++) gpi[j] += partial[(size_t)i * c->B * K + j];
-    free(partial);
-    free(a.copy);
+    leave(partial);
+    leave(a.copy);
     return ok;
 }
 
