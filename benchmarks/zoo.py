@@ -326,12 +326,14 @@ def agree(static: nn.Module, dynamic: nn.Module, use: Callable[[nn.Module, Examp
     exact = apart(expected, use(copy.deepcopy(dynamic).double(), wide))
     if exact <= max(FLOAT64, SHRINKS * relative):  # what is wrong is as wrong in float64
         return f"ok ({exact:.0e} in float64; {relative:.0e} in float32)"
-    # A deep network with random weights may amplify one rounding of its input as much.
-    rounded = pytree.tree_map_only(Tensor, lambda t: t * (1 + 2**-52) if t.is_floating_point() else t, wide)
-    swing = apart(expected, use(copy.deepcopy(static).double(), rounded))
-    if exact <= swing:
-        return f"ok ({exact:.0e} in float64, and {swing:.0e} in the static model when its input is rounded)"
-    return f"{exact:.0e} in float64, {relative:.0e} in float32"
+    # Mixing K equal kernels rounds each weight once, which a deep network with random weights may amplify as much.
+    rounded = copy.deepcopy(static).double()
+    for parameter in rounded.parameters():
+        parameter *= 1 + 2**-52
+    swing = apart(expected, use(rounded, wide))
+    if exact <= 10 * swing:
+        return f"ok ({exact:.0e} in float64; {swing:.0e} in the static model when its weights are rounded once)"
+    return f"{exact:.0e} in float64, {relative:.0e} in float32, {swing:.0e} if weights are rounded once"
 
 
 # The checks: each returns "ok", "-" where it does not apply, or what is wrong
