@@ -10,6 +10,7 @@ setup(
             depends=["dysurgery/nn/_native.h"],
             # Compiled for OpenMP, but not linked with it: the threads are those of torch, which brings its own.
             extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
+            libraries=["m"],
             py_limited_api=True,
             optional=True,  # without a C compiler the layers run on torch's operations
         )

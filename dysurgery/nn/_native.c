@@ -7,6 +7,7 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
+#include <math.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -160,7 +161,7 @@ static const float *row_at(struct rows *r, int at)
 
 static void rows_end(struct rows *r) { leave(r->buffer); }
 
-#define SET(set) {#set, forward_##set, input_gradient_##set, weight_gradients_##set}
+#define SET(set) {#set, forward_##set, input_gradient_##set, weight_gradients_##set, pool_##set, linear_##set}
 
 #if defined(__x86_64__)
 #ifdef __clang__
@@ -202,6 +203,8 @@ static const struct set {
     int (*input_gradient)(const struct conv *, float *, const float *, const float *, const float *, int);
     int (*weight_gradients)(const struct conv *, float *, float *, const float *, const float *, const float *,
                             const float *, int);
+    int (*pool)(float *, const float *, int, int, int, int, int);
+    void (*linear)(float *, const float *, const float *, const float *, int, int, int);
 } sets[] = {
 #if defined(__x86_64__)
     SET(avx512),
@@ -274,6 +277,53 @@ static PyObject *py_weight_gradients(PyObject *self, PyObject *args)
     return ended(ok);
 }
 
+static PyObject *py_pool(PyObject *self, PyObject *args)
+{
+    address mean, x;
+    int B, H, W, C, threads, ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KKiiiii", &mean, &x, &B, &H, &W, &C, &threads)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ok = used->pool(AT(mean), AT(x), B, H, W, C, threads);
+    Py_END_ALLOW_THREADS
+    return ended(ok);
+}
+
+/* pi (B, K) from descriptors x (B, C): softmax or sigmoid of (FC2(ReLU(FC1(x))) / tau). */
+static int gate(float *pi, const float *x, const float *const *fc, float tau, int B, int C, int hidden, int K, int sigmoid)
+{
+    float *h = room((size_t)B * hidden);
+    if (!h) return 0;
+    used->linear(h, x, fc[0], fc[1], B, C, hidden);
+    for (size_t i = 0; i < (size_t)B * hidden; i++) h[i] = h[i] < 0 ? 0 : h[i]; /* NaN stays */
+    used->linear(pi, h, fc[2], fc[3], B, hidden, K);
+    leave(h);
+    for (int b = 0; b < B; b++, pi += K) {
+        float most = -INFINITY, total = 0;
+        for (int k = 0; k < K; k++) pi[k] /= tau;
+        for (int k = 0; k < K; k++) most = pi[k] > most ? pi[k] : most;
+        for (int k = 0; k < K; k++) {
+            pi[k] = sigmoid ? 1 / (1 + expf(-pi[k])) : expf(pi[k] - most);
+            total += pi[k];
+        }
+        for (int k = 0; !sigmoid && k < K; k++) pi[k] /= total;
+    }
+    return 1;
+}
+
+static PyObject *py_gate(PyObject *self, PyObject *args)
+{
+    address pi, x, fc[4], tau;
+    int B, C, hidden, K, sigmoid, ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KKKKKKKiiiii", &pi, &x, fc, fc + 1, fc + 2, fc + 3, &tau, &B, &C, &hidden, &K, &sigmoid)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    const float *const at[4] = {AT(fc[0]), AT(fc[1]), AT(fc[2]), AT(fc[3])};
+    ok = gate(AT(pi), AT(x), at, *AT(tau), B, C, hidden, K, sigmoid);
+    Py_END_ALLOW_THREADS
+    return ended(ok);
+}
+
 static PyObject *py_names(PyObject *self, PyObject *none)
 {
     (void)self, (void)none;
@@ -306,6 +356,8 @@ static PyMethodDef methods[] = {
     {"input_gradient", py_input_gradient, METH_VARARGS, "input_gradient(gx, gy, pi, bank, conv, threads)"},
     {"weight_gradients", py_weight_gradients, METH_VARARGS,
      "weight_gradients(gpi or 0, gbank or 0, gy, x, pi, bank, conv, threads)"},
+    {"pool", py_pool, METH_VARARGS, "pool(mean, x, B, H, W, C, threads)"},
+    {"gate", py_gate, METH_VARARGS, "gate(pi, x, weight 1, bias 1, weight 2, bias 2, tau, B, C, hidden, K, sigmoid)"},
     {"names", py_names, METH_NOARGS, "names() of the instruction sets of this machine, the best first"},
     {"use", py_use, METH_VARARGS, "use(name) of an instruction set"},
     {NULL, NULL, 0, NULL},

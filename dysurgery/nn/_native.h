@@ -707,6 +707,80 @@ static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank
     return ok;
 }
 
+/* The mean over the positions of each map (B, P, C), added up row by row of W positions for the sake of precision. */
+static int NAME(pool)(float *mean, const float *x, int B, int H, int W, int C, int threads)
+{
+    int blocks = (C + 4 * V - 1) / (4 * V);
+    if ((double)B * H * W * C < 1 << 16) threads = 1;
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < B * blocks; i++) {
+        int b = i / blocks, c0 = i % blocks * 4 * V, cn = C - c0 < 4 * V ? C - c0 : 4 * V;
+        const float *from = x + (size_t)b * H * W * C + c0;
+        float *to = mean + (size_t)b * C + c0, scale = 1.0f / ((float)H * W);
+        if (cn == 4 * V) {
+            vec total[4] = {{0}};
+            for (int r = 0; r < H; r++) {
+                vec row[4] = {{0}};
+                for (int q = 0; q < W; q++, from += C)
+#pragma GCC unroll 4
+                    for (int v = 0; v < 4; v++) row[v] += LOAD(from + v * V);
+#pragma GCC unroll 4
+                for (int v = 0; v < 4; v++) total[v] += row[v];
+            }
+            for (int v = 0; v < 4; v++) STORE(to + v * V, total[v] * splat(scale));
+            continue;
+        }
+        float total[4 * V] = {0};
+        for (int r = 0; r < H; r++) {
+            float row[4 * V] = {0};
+            for (int q = 0; q < W; q++, from += C)
+                for (int c = 0; c < cn; c++) row[c] += from[c];
+            for (int c = 0; c < cn; c++) total[c] += row[c];
+        }
+        for (int c = 0; c < cn; c++) to[c] = total[c] * scale;
+    }
+    return 1;
+}
+
+/* y (S, stride out) = weight (M, n) x (S, n) + bias, for M rows and S samples at once. */
+INLINE void NAME(dots)(const int M, const int S, float *y, int out, const float *weight, const float *x, const float *bias, int n)
+{
+    vec acc[M * S];
+    float rest[M * S];
+    int v = 0;
+    for (int i = 0; i < M * S; i++) acc[i] = (vec){0}, rest[i] = bias[i / S];
+    for (; v + V <= n; v += V) {
+        vec rows[M];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) rows[m] = LOAD(weight + (size_t)m * n + v);
+#pragma GCC unroll 4
+        for (int s = 0; s < S; s++) {
+            vec a = LOAD(x + (size_t)s * n + v);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) acc[m * S + s] += rows[m] * a;
+        }
+    }
+    for (; v < n; v++)
+        for (int i = 0; i < M * S; i++) rest[i] += weight[(size_t)(i / S) * n + v] * x[(size_t)(i % S) * n + v];
+    for (int i = 0; i < M * S; i++) y[(size_t)(i % S) * out + i / S] = rest[i] + NAME(sum)(acc[i]);
+}
+
+static void NAME(linear)(float *y, const float *x, const float *weight, const float *bias, int B, int n, int out)
+{
+    for (int m = 0; m < out; m += 4)
+        for (int s = 0; s < B; s += 4) {
+            float *to = y + (size_t)s * out + m;
+            const float *w = weight + (size_t)m * n, *a = x + (size_t)s * n;
+            if (out - m >= 4 && B - s >= 4) NAME(dots)(4, 4, to, out, w, a, bias + m, n);
+            else if (out - m >= 4)
+                for (int j = 0; j < B - s; j++) NAME(dots)(4, 1, to + (size_t)j * out, out, w, a + (size_t)j * n, bias + m, n);
+            else
+                for (int i = 0; i < out - m; i++)
+                    for (int j = 0; j < B - s && j < 4; j++)
+                        NAME(dots)(1, 1, to + (size_t)j * out + i, out, w + (size_t)i * n, a + (size_t)j * n, bias + m + i, n);
+        }
+}
+
 #undef vec
 #undef LOAD
 #undef STORE

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dysurgery.errors import UsageError, did_you_mean
+from dysurgery.nn import native
 from dysurgery.nn.rows import linear
 
 # Below four hidden units K = 4 logits cannot vary independently; the paper's networks never go there.
@@ -31,6 +32,9 @@ class Gate(nn.Module):
     """
 
     name: ClassVar[str]
+    in_c: ClassVar[bool] = False
+    """Whether :mod:`dysurgery.nn.native` knows this gate, by its name."""
+
     sums_to_one: ClassVar[bool]
     """Whether sum_k pi_k = 1 for every z and tau."""
 
@@ -51,9 +55,18 @@ class Gate(nn.Module):
 
     def forward(self, descriptor: Tensor) -> Tensor:
         """Map the pooled input (B, C) to pi (B, K), in float32 or wider."""
+        fc1, fc2 = self.fc1, self.fc2
+        own = (fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.tau)
+        if self.in_c and self._is_plain() and native.computes(descriptor, *own):
+            return native.gate(descriptor, *own, sigmoid=self.name == "sigmoid")
         z = linear(F.relu(linear(descriptor, self.fc1)), self.fc2)
         dtype = torch.promote_types(z.dtype, torch.float32)
         return self.weights(z.to(dtype), self.tau.to(dtype))
+
+    def _is_plain(self) -> bool:
+        """Whether its layers are torch's own and nobody listens to them."""
+        layers = (self.fc1, self.fc2)
+        return all(type(fc) is nn.Linear and not (fc._forward_hooks or fc._forward_pre_hooks) for fc in layers)
 
     def silence(self) -> None:
         """Set FC2 to zero, in place: z = 0, so pi is constant until training moves it."""
@@ -69,6 +82,7 @@ class SoftmaxGate(Gate):
     """``pi = softmax(z / tau)``: non-negative and summing to one (Chen et al., section 3)."""
 
     name = "softmax"
+    in_c = True
     sums_to_one = True
 
     @staticmethod
@@ -80,6 +94,7 @@ class SigmoidGate(Gate):
     """``pi_k = sigmoid(z_k / tau)``: independent weights, as in CondConv (Yang et al., NeurIPS 2019)."""
 
     name = "sigmoid"
+    in_c = True
     sums_to_one = False
 
     @staticmethod

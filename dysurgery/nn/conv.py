@@ -91,7 +91,7 @@ class DynamicConvNd(DynamicLayer):
         return self._run(x, self.output_padding)
 
     def _run(self, x: Tensor, output_padding: tuple[int, ...]) -> Tensor:
-        pi = self.gate(x.mean(dim=tuple(range(2, x.dim()))))
+        pi = self.gate(execution.pool(x))
         x, padding = self.pad(x)
         geometry = execution.Geometry(
             self.weight_shape, self.stride, padding, self.dilation, self.groups, self.transposed, output_padding

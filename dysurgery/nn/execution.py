@@ -58,7 +58,9 @@ from torch.nn import functional as F
 from torch.utils._triton import has_triton
 
 from dysurgery.nn.native import available as compiled_c
-from dysurgery.nn.rows import compiled
+from dysurgery.nn.native import computes
+from dysurgery.nn.native import pool as pool_in_c
+from dysurgery.nn.rows import compiled, eager
 from dysurgery.nn.rows import product as row_product
 from dysurgery.nn.tiles import FUSED, MAX_SAMPLES, NATIVE, Tiling, apart, is_last, product, side_by_side, tiled
 
@@ -89,6 +91,13 @@ Chooser = Callable[[Tensor, Geometry, bool], str]
 def mix(pi: Tensor, bank: Tensor) -> Tensor:
     """Aggregate: weights pi (B, K) and bank (K, N) to one mixed row per sample (B, N)."""
     return row_product(pi.to(bank.dtype), bank)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Return the mean over the positions of x (B, C, *size), which the gate sees, as (B, C)."""
+    if x.dim() == 4 and is_last(x) and x.is_contiguous(memory_format=torch.channels_last) and computes(x):
+        return pool_in_c(x)
+    return x.mean(dim=tuple(range(2, x.dim())))
 
 
 def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -338,7 +347,7 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     if batch <= 1 and (train or weights <= _WIDE):  # first, as at batch 1 every microsecond counts
         return "single"
     compiling = compiled()
-    plain = x.device.type != "cpu" or not (compiling or _eager())
+    plain = x.device.type != "cpu" or not (compiling or eager())
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
     large = (MAX_SAMPLES if compiling else batch) * weights * x.element_size() > 4 * MIB
     if not plain and covers("native", x, geometry) and _prefers_c(x, geometry, train, large):
@@ -407,16 +416,6 @@ def _together(x: Tensor, geometry: Geometry) -> int:
     return next((samples for samples in (32, 16, 8, 4, 2) if samples * one <= room), 1)
 
 
-def _eager() -> bool:
-    """Whether this runs now, as it is written: nobody traces it, transforms it or asks for forward derivatives."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 class Situation(NamedTuple):
     """What the fastest way of a layer depends on. As text: ``cpu 2 float32 nhwc 8x96x56x56 infer``."""
 
@@ -472,7 +471,7 @@ class Tuned:
 
     def __call__(self, x: Tensor, geometry: Geometry, train: bool = False) -> str:
         # A compiled graph of a GPU runs what was measured, and is another for each batch; that of a CPU does not.
-        measured = _eager() or (compiled() and x.device.type != "cpu")
+        measured = eager() or (compiled() and x.device.type != "cpu")
         way = self.ways.get(Situation.of(x, train)) if measured else None
         return choose(x, geometry, train) if way is None else way
 

@@ -8,6 +8,8 @@ over rows that are padded as they come. The gradient of a mixed kernel goes to p
 The module is compiled when the package is installed, if there is a C compiler; without it, :func:`available` is false
 and the other ways are taken. It has AVX-512, AVX2 and plain vectors, and takes the best that the machine knows.
 
+Without a backward pass, a layer's attention is computed here too, in two calls instead of ten operations of torch.
+
 Shapes as in :mod:`dysurgery.nn.execution`; all tensors are float32.
 """
 
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from dysurgery.nn.rows import eager
 
 if TYPE_CHECKING:
     from dysurgery.nn.tiles import Tiling
@@ -28,6 +32,39 @@ except ImportError:
 def available() -> bool:
     """Whether the module was compiled."""
     return _native is not None
+
+
+def computes(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the attention on x may be computed here: it runs now, in float32 on a CPU, and is not differentiated."""
+    if _native is None or type(x) is not Tensor or x.device.type != "cpu" or not x.numel():
+        return False
+    if any(t.dtype != torch.float32 for t in (x, *parameters)) or not eager() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._len_torch_dispatch_stack():  # somebody counts or records operations
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
+
+
+def pool(x: Tensor) -> Tensor:
+    """Return the mean over the positions of x (B, C, H, W) in channels_last, as (B, C)."""
+    batch, channels, height, width = x.shape
+    mean = x.new_empty(batch, channels)
+    _native.pool(mean.data_ptr(), x.data_ptr(), batch, height, width, channels, torch.get_num_threads())
+    return mean
+
+
+def gate(
+    descriptor: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, tau: Tensor, *, sigmoid: bool
+) -> Tensor:
+    """Return pi (B, K) of the pooled input (B, C): FC1, ReLU, FC2, then softmax or sigmoid at temperature tau."""
+    descriptor, weight1, bias1, weight2, bias2 = map(_flat, (descriptor, weight1, bias1, weight2, bias2))
+    (batch, channels), (k, hidden) = descriptor.shape, weight2.shape
+    pi = descriptor.new_empty(batch, k)
+    _native.gate(
+        pi.data_ptr(), descriptor.data_ptr(), weight1.data_ptr(), bias1.data_ptr(), weight2.data_ptr(),
+        bias2.data_ptr(), tau.data_ptr(), batch, channels, hidden, k, sigmoid,
+    )  # fmt: skip
+    return pi
 
 
 def forward(x: Tensor, pi: Tensor, bank: Tensor, bias: Tensor | None, y: Tensor, tiling: "Tiling") -> None:

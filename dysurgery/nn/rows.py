@@ -32,6 +32,16 @@ def compiled() -> bool:
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
+def eager() -> bool:
+    """Whether this runs now, as it is written: nobody traces it, transforms it or asks for forward derivatives."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _fuses(row: Tensor) -> bool:
     # Only one row: of more each would read the matrix again.
     return compiled() and row.shape[0] == 1 and row.device.type == "cpu" and not torch.is_autocast_enabled("cpu")

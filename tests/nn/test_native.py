@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dysurgery.nn import native
-from dysurgery.nn.execution import WAYS, Geometry, choose, covers
+from dysurgery.nn.attention import GATES
+from dysurgery.nn.execution import WAYS, Geometry, choose, covers, pool
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C compiler")
 DENSE = Geometry((40, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1)
@@ -176,6 +178,55 @@ def test_nan_and_infinity_stay_in_their_sample():
     assert y[1].isnan().any()
     assert not y[2].isfinite().all()
     torch.testing.assert_close(y[[0, 3]], clean[[0, 3]], rtol=0, atol=0)
+
+
+@given(
+    batch=st.integers(1, 9), channels=st.integers(1, 150), size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    k=st.integers(1, 6), kind=st.sampled_from(sorted(GATES)), tau=st.sampled_from([0.5, 1.0, 30.0]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_pooling_and_gate_equal_those_of_torch_in_float64(batch, channels, size, k, kind, tau):
+    torch.manual_seed(0)
+    gate, x = GATES[kind](channels, k), nhwc(torch.randn(batch, channels, *size))
+    gate.tau.fill_(tau)
+    expected = copy.deepcopy(gate).double()(x.double().mean((2, 3)))
+    for name in native._native.names():
+        native._native.use(name)
+        try:
+            with torch.no_grad():
+                found = gate(pool(x))
+        finally:
+            native._native.use(native._native.names()[0])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["fc1", "fc2"])
+def test_a_gate_that_somebody_listens_to_calls_its_layers(part):
+    gate, heard = GATES["softmax"](24, 4), []
+    gate.get_submodule(part).register_forward_hook(lambda *_: heard.append(part))
+    with torch.no_grad():
+        gate(torch.randn(2, 24))
+    assert heard == [part]
+
+
+def test_a_gate_is_differentiable_and_stays_so_in_other_types():
+    gate, x = GATES["softmax"](24, 4), torch.randn(2, 24, requires_grad=True)
+    gate(x)[:, 0].sum().backward()
+    assert x.grad is not None
+    assert gate.fc1.weight.grad is not None
+    with torch.no_grad():
+        assert gate.double()(x.double()).dtype == torch.float64
+        with torch.autocast("cpu"):
+            assert gate.float()(x).dtype == torch.float32
+
+
+def test_nan_in_the_descriptor_is_seen_in_pi():
+    gate, x = GATES["softmax"](24, 4), torch.randn(2, 24)
+    x[1, 3] = math.nan
+    with torch.no_grad():
+        pi = gate(x)
+    assert pi[1].isnan().all()
+    assert pi[0].isfinite().all()
 
 
 def test_another_instruction_set_must_be_one_of_the_machine():
