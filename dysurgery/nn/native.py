@@ -57,7 +57,7 @@ def gate(
     descriptor: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, tau: Tensor, *, sigmoid: bool
 ) -> Tensor:
     """Return pi (B, K) of the pooled input (B, C): FC1, ReLU, FC2, then softmax or sigmoid at temperature tau."""
-    descriptor, weight1, bias1, weight2, bias2 = map(_flat, (descriptor, weight1, bias1, weight2, bias2))
+    descriptor, weight1, weight2 = descriptor.contiguous(), weight1.contiguous(), weight2.contiguous()
     (batch, channels), (k, hidden) = descriptor.shape, weight2.shape
     pi = descriptor.new_empty(batch, k)
     _native.gate(
