@@ -18,14 +18,17 @@
 #define RUN 64      /* columns of the bank that are gathered at a time */
 #define MAX_ROWS 64 /* rows of the bank that are fetched ahead */
 #define SAMPLES 8   /* mixed together from one pass over the bank */
-#define BAND 128    /* positions over which the gradient of a tap is added up in registers */
+#define COLUMNS 144 /* weights of an output channel whose gradients are computed together, about */
+#define PATCHES (256 << 10) /* floats of the patches of all samples, at most; else of BAND positions */
+#define BAND 128
+#define WEIGHTS (256 << 10) /* floats of the gradients of mixed kernels that are kept from band to band */
 
 struct conv {
     int B, K, H, W, Cin, Ho, Wo, Cout, kh, kw, sh, sw, ph, pw, dh, dw, groups;
 };
 
-/* Positions in rows and columns, where they are in x and y (from `y` on), and their taps: `off` in x, `which` of the
- * kernel. */
+/* Positions in rows and columns, where they are in x (in positions) and in y (in floats, from `y` on), and their taps:
+ * `off` in x, `which` of the kernel. */
 struct grid {
     int rows, columns, taps;
     const int *off, *which;
@@ -70,44 +73,51 @@ static void leave(float *buffer)
     free(buffer);
 }
 
-/* Maps (B, H, W, C) with a border of zeros; x itself where there is none. */
+struct border {
+    int top, bottom, left, right;
+};
+
+/* Maps (B, H, W, C) with a border of zeros, as (B, block of channels, H, W, channel): positions that lie a power of two
+ * apart evict one another. x itself where there is neither a border nor a second block. */
 struct padded {
     const float *x;
     float *copy;
-    size_t sample;
-    int W;
+    size_t sample, positions;
+    int block;
 };
 
-static int pad(struct padded *a, const float *x, int B, int H, int W, int C, int top, int bottom, int left, int right, int slack,
-               int threads)
+static int pad(struct padded *a, const float *x, int B, int H, int W, int C, struct border d, int block, int threads)
 {
-    int rows = H + top + bottom;
-    size_t row = sizeof(float) * C;
-    a->W = W + left + right;
-    a->sample = (size_t)rows * a->W * C;
-    a->x = x;
-    if (!(top || bottom || left || right || slack)) return 1;
-    float *copy = a->copy = room(a->sample * B + slack);
+    int rows = H + d.top + d.bottom, width = W + d.left + d.right;
+    size_t positions = (size_t)rows * width;
+    *a = (struct padded){x, NULL, positions * C, positions, block};
+    if (!(d.top || d.bottom || d.left || d.right || C > block)) return 1;
+    float *copy = a->copy = room(a->sample * B);
     if (!copy) return 0;
     a->x = copy;
-    memset(copy + a->sample * B, 0, sizeof(float) * slack);
 #pragma omp parallel for num_threads(threads)
     for (int i = 0; i < B * rows; i++) {
-        int b = i / rows, r = i % rows - top;
-        char *to = (char *)(copy + (size_t)i * a->W * C);
-        if (r < 0 || r >= H) {
-            memset(to, 0, row * a->W);
-            continue;
+        int b = i / rows, r = i % rows;
+        const float *from = x + ((size_t)b * H + r - d.top) * W * C;
+        for (int c = 0; c < C; c += block) {
+            size_t cn = C - c < block ? C - c : block, size = sizeof(float) * cn;
+            float *to = copy + b * positions * C + c * positions + (size_t)r * width * cn;
+            if (r < d.top || r >= d.top + H) {
+                memset(to, 0, size * width);
+                continue;
+            }
+            memset(to, 0, size * d.left);
+            to += cn * d.left;
+            if (block >= C) memcpy(to, from, size * W);
+            else for (int q = 0; q < W; q++) memcpy(to + q * cn, from + (size_t)q * C + c, size);
+            memset(to + cn * W, 0, size * d.right);
         }
-        memset(to, 0, row * left);
-        memcpy(to + row * left, x + ((size_t)b * H + r) * W * C, row * W);
-        memset(to + row * (left + W), 0, row * right);
     }
     return 1;
 }
 
 /* Rows of zeros before the first one of gy that a tap reaches. */
-static int border(int reach, int stride) { return reach > 0 ? (reach + stride - 1) / stride : 0; }
+static int before(int reach, int stride) { return reach > 0 ? (reach + stride - 1) / stride : 0; }
 
 /* Samples of a chunk: as many as are mixed together, fewer if threads would be idle. */
 static int share(int B, int blocks, int threads)
@@ -127,7 +137,7 @@ static int rows_of(struct rows *r, const struct conv *c, int backward, const flo
 {
     int reach = (c->kw - 1) * c->dw, right;
     if (backward) {
-        r->left = border(reach - c->pw, c->sw);
+        r->left = before(reach - c->pw, c->sw);
         right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
     } else {
         r->left = c->pw;

@@ -171,37 +171,17 @@ INLINE void NAME(spread)(float *to, size_t tap, const float *from, int T, int cn
     }
 }
 
-/* The other way round: (tap, V) written as the weights of cn channels. */
-INLINE void NAME(collect)(float *to, const float *from, size_t tap, int T, int cn)
-{
-    if (T > 1 && T <= V && cn >= V) {
-        vec rows[V] = {0};
-#pragma GCC unroll 16
-        for (int t = 0; t < V; t++)
-            if (t < T) rows[t] = LOAD(from + t * tap);
-        NAME(transpose)(rows);
-        /* Each row's surplus is overwritten by the next one. */
-        for (int i = 0; i < V; i++) {
-            if (i * T + V <= V * T) STORE(to + i * T, rows[i]);
-            else memcpy(to + i * T, &rows[i], sizeof(float) * T);
-        }
-        return;
-    }
-    for (int t = 0; t < T; t++, from += tap) {
-        if (T == 1 && cn >= V) STORE(to, LOAD(from));
-        else
-            for (int i = 0; i < V && i < cn; i++) to[i * T + t] = from[i];
-    }
-}
-
 /* The weights of one output channel for NR channels from c0 on, of all K kernels: taps and kernels are that far apart. */
 static void NAME(gather)(const struct conv *c, float *to, size_t tap, size_t kernel, const float *bank, int o, int c0, int cn)
 {
     int T = c->kh * c->kw;
     const float *end = bank + (size_t)c->K * c->Cout * c->Cin * T;
-    for (int k = 0; k < c->K; k++, to += kernel)
+    for (int k = 0; k < c->K; k++, to += kernel) {
+        const float *next = bank + (((size_t)k * c->Cout + o + 2) * c->Cin + c0) * T; /* rows lie too far apart to be guessed */
+        for (int i = 0; i < NR * T; i += 16) __builtin_prefetch(next + i, 0, 2);
         for (int v = 0; v < NR; v += V)
             NAME(spread)(to + v, tap, bank + (((size_t)k * c->Cout + o) * c->Cin + c0 + v) * T, T, cn - v, end);
+    }
 }
 
 /* The same as panels_of_outputs with channels and outputs exchanged: panels (tap, output, NR channels). */
@@ -220,9 +200,9 @@ static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t
     }
 }
 
-/* y[m] (NR columns) = what it was, or first, + sum over taps and channels of x[m][off[tap] + channel] * panel row. */
-INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *first, const float *const *x, int taps, const int *off,
-                       const int *which, int cn, const float *panel)
+/* y[m] (NR columns) = what it was, or first, + sum over taps and channels of x[m][off[tap] * step + channel] * panel row. */
+INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *first, const float *const *x, int step, int taps,
+                       const int *off, const int *which, int cn, const float *panel)
 {
     vec acc[MR][NV];
 #pragma GCC unroll 16
@@ -231,7 +211,7 @@ INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *f
         for (int v = 0; v < N; v++) acc[m][v] = LOAD((first ? first : y[m]) + v * V);
     for (int t = 0; t < taps; t++) {
         const float *w = panel + (size_t)which[t] * cn * NR;
-        int o = off[t];
+        int o = off[t] * step;
         for (int c = 0; c < cn; c++, w += NR, o++) {
             vec row[NV];
 #pragma GCC unroll 2
@@ -251,7 +231,7 @@ INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *f
 }
 
 /* Multiply one sample by its panel at all positions of the grid; on <= NR columns of y are there. */
-static void NAME(multiply)(const struct grid *g, float *y, int on, const float *first, const float *x, int cn,
+static void NAME(multiply)(const struct grid *g, float *y, int on, const float *first, const float *x, int step, int cn,
                            const float *panel)
 {
     int count = g->rows * g->columns, tiles = (count + MR - 1) / MR;
@@ -261,7 +241,7 @@ static void NAME(multiply)(const struct grid *g, float *y, int on, const float *
         const float *from[MR];
         for (int m = 0, r = begin / g->columns, q = begin % g->columns; m < M; m++, q++) {
             if (q == g->columns) q = 0, r++;
-            from[m] = x + r * g->x_row + q * g->x_column;
+            from[m] = x + (r * g->x_row + q * g->x_column) * step;
             to[m] = target[m] = y + r * g->y_row + q * g->y_column;
             if (on < NR) {
                 to[m] = edge + m * NR;
@@ -270,8 +250,8 @@ static void NAME(multiply)(const struct grid *g, float *y, int on, const float *
         }
         switch (M) {
 #define CASE(M) case M: \
-        if (on > V) NAME(tile)(M, NV, to, first, from, g->taps, g->off, g->which, cn, panel); \
-        else NAME(tile)(M, 1, to, first, from, g->taps, g->off, g->which, cn, panel); \
+        if (on > V) NAME(tile)(M, NV, to, first, from, step, g->taps, g->off, g->which, cn, panel); \
+        else NAME(tile)(M, 1, to, first, from, step, g->taps, g->off, g->which, cn, panel); \
         break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MR > 6
@@ -287,161 +267,225 @@ static void NAME(multiply)(const struct grid *g, float *y, int on, const float *
 /* One block of NR output channels (or, towards the input, of input channels) for S samples. ``outputs`` of them are
  * there in all, ``inner`` channels are summed over, and ``grids`` tell where. */
 static int NAME(dense)(const struct conv *c, int backward, int grids, const struct grid *g, float *y, size_t y_sample,
-                       const float *x, size_t x_sample, const float *pi, const float *bank, const float *bias, int s0, int S,
-                       int o0)
+                       const struct padded *x, const float *pi, const float *bank, const float *bias, int s0, int S, int o0)
 {
     int T = c->kh * c->kw, inner = backward ? c->Cout : c->Cin, outputs = backward ? c->Cin : c->Cout;
-    int on = outputs - o0 < NR ? outputs - o0 : NR, most = PANEL / T < 1 ? 1 : PANEL / T;
-    if (most > inner) most = inner;
+    int on = outputs - o0 < NR ? outputs - o0 : NR, most = x->block;
     size_t panel = (size_t)most * T * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
     float *panels = room(panel * S + gathered), first[NR] = {0};
     if (!panels) return 0;
     for (int c0 = 0; c0 < inner; c0 += most) {
-        int cn = inner - c0 < most ? inner - c0 : most;
+        int cn = inner - c0 < most ? inner - c0 : most, step = x->copy ? cn : inner;
         if (backward) NAME(panels_of_channels)(c, panels, panel, panels + panel * S, pi + s0 * c->K, bank, S, c0, cn, o0, on);
         else NAME(panels_of_outputs)(c, panels, panel, panels + panel * S, pi + s0 * c->K, bank, S, o0, on, c0, cn);
         for (int s = 0; s < S; s++) {
             if (bias) memcpy(first, bias + (size_t)(s0 + s) * outputs + o0, sizeof(float) * on);
             for (int i = 0; i < grids; i++)
                 NAME(multiply)(&g[i], y + (s0 + s) * y_sample + g[i].y + o0, on, c0 ? NULL : first,
-                               x + (s0 + s) * x_sample + c0, cn, panels + panel * s);
+                               x->x + (s0 + s) * x->sample + (x->copy ? (size_t)c0 * x->positions : (size_t)c0), step, cn,
+                               panels + panel * s);
         }
     }
     leave(panels);
     return 1;
 }
 
-/* The gradient of OB output channels and NR channels at one tap, added up over some rows of positions. */
-INLINE void NAME(outer)(const int M, const int N, float *to, const float *gy, size_t gy_row, size_t gy_column, const float *x, size_t x_row,
-                        size_t x_column, int rows, int columns)
+/* pi and the bank get their gradients from those of S mixed kernels, g (s, size), samples `apart`: gpi (s, k) +=
+ * bank . g, and gbank = or, with `add`, += pi g, where the kernels of bank and gbank are `kernel` apart. */
+static void NAME(unmix)(int K, float *gpi, float *gbank, int add, const float *pi, const float *bank, size_t kernel, const float *g,
+                        size_t apart, int S, int size)
 {
-    vec acc[OB][NV];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int v = 0; v < N; v++) acc[m][v] = LOAD(to + m * NR + v * V);
-    for (int r = 0; r < rows; r++) {
-        const float *g = gy + r * gy_row, *a = x + r * x_row;
-        for (int q = 0; q < columns; q++, g += gy_column, a += x_column) {
-            vec row[NV];
-#pragma GCC unroll 2
-            for (int v = 0; v < N; v++) row[v] = LOAD(a + v * V);
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-                for (int v = 0; v < N; v++) acc[m][v] += splat(g[m]) * row[v];
-        }
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int v = 0; v < N; v++) STORE(to + m * NR + v * V, acc[m][v]);
-}
-
-/* pi and the bank get their gradients from those of S mixed kernels, g (s, size): gbank += pi g, gpi += bank . g, where
- * bank and gbank are (k, size). */
-static void NAME(unmix)(const struct conv *c, float *gpi, float *gbank, const float *pi, const float *bank, const float *g,
-                        int S, size_t size)
-{
-    int K = c->K;
-    for (int s0 = 0; gbank && s0 < S; s0 += SAMPLES) {
-        int n = S - s0 < SAMPLES ? S - s0 : SAMPLES;
-        const float *from = g + s0 * size, *p = pi + s0 * K;
-        for (size_t v = 0; v < size; v += V) {
-            vec mixed[SAMPLES];
-            if (n == SAMPLES) {
-#pragma GCC unroll 8
-                for (int s = 0; s < SAMPLES; s++) mixed[s] = LOAD(from + s * size + v);
-                for (int k = 0; k < K; k++) {
-                    vec a = LOAD(gbank + k * size + v);
-#pragma GCC unroll 8
-                    for (int s = 0; s < SAMPLES; s++) a += splat(p[s * K + k]) * mixed[s];
-                    STORE(gbank + k * size + v, a);
-                }
-            } else
-                for (int k = 0; k < K; k++) {
-                    vec a = LOAD(gbank + k * size + v);
-                    for (int s = 0; s < n; s++) a += splat(p[s * K + k]) * LOAD(from + s * size + v);
-                    STORE(gbank + k * size + v, a);
-                }
-        }
-    }
-    for (int s = 0; gpi && s < S; s++)
-        for (int k0 = 0; k0 < K; k0 += 4) {
-            const float *rows[4];
+    for (int k0 = 0; gbank && k0 < K; k0 += 4)
+        for (int v = 0; v < size; v += V) {
+            int n = size - v < V ? size - v : V;
             vec a[4] = {{0}};
-            for (int k = 0; k < 4; k++) rows[k] = bank + (size_t)(k0 + k < K ? k0 + k : k0) * size;
-            for (size_t v = 0; v < size; v += V) {
-                vec mixed = LOAD(g + s * size + v);
+            for (int k = 0; add && k < 4 && k0 + k < K; k++) memcpy(&a[k], gbank + (k0 + k) * kernel + v, sizeof(float) * n);
+            if (K - k0 >= 4)
+                for (int s = 0; s < S; s++) {
+                    vec mixed = LOAD(g + s * apart + v);
 #pragma GCC unroll 4
-                for (int k = 0; k < 4; k++) a[k] += mixed * LOAD(rows[k] + v);
+                    for (int k = 0; k < 4; k++) a[k] += splat(pi[s * K + k0 + k]) * mixed;
+                }
+            else
+                for (int s = 0; s < S; s++)
+                    for (int k = 0; k < K - k0; k++) a[k] += splat(pi[s * K + k0 + k]) * LOAD(g + s * apart + v);
+            for (int k = 0; k < 4 && k0 + k < K; k++) {
+                float *to = gbank + (k0 + k) * kernel + v;
+                if (n == V) STORE(to, a[k]);
+                else memcpy(to, &a[k], sizeof(float) * n);
             }
-            for (int k = 0; k < 4 && k0 + k < K; k++) gpi[s * K + k0 + k] += NAME(sum)(a[k]);
         }
+    for (int k0 = 0; gpi && k0 < K; k0 += 4) {
+        const float *rows[4];
+        for (int k = 0; k < 4; k++) rows[k] = bank + (k0 + k < K ? k0 + k : k0) * kernel;
+        for (int s = 0; s < S; s += 2) {
+            const float *one = g + s * apart, *two = s + 1 < S ? one + apart : one;
+            vec a[4] = {{0}}, b[4] = {{0}};
+            for (int v = 0; v < size; v += V) {
+                vec row[4] = {{0}};
+                if (size - v >= V)
+#pragma GCC unroll 4
+                    for (int k = 0; k < 4; k++) row[k] = LOAD(rows[k] + v);
+                else
+                    for (int k = 0; k < 4; k++) memcpy(&row[k], rows[k] + v, sizeof(float) * (size - v));
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k++) {
+                    a[k] += row[k] * LOAD(one + v);
+                    b[k] += row[k] * LOAD(two + v);
+                }
+            }
+            for (int k = 0; k < 4 && k0 + k < K; k++) {
+                gpi[s * K + k0 + k] += NAME(sum)(a[k]);
+                if (s + 1 < S) gpi[(s + 1) * K + k0 + k] += NAME(sum)(b[k]);
+            }
+        }
+    }
 }
 
-/* One block of OB output channels of the gradients of pi (added) and of the bank (written). x is padded. */
-static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x, size_t x_row,
-                               size_t x_sample, const float *pi, const float *bank, int o0)
+/* Patches of x (H, W, Cin) of the channels c0 .. c0 + cn, for `count` positions of y from `begin` on, as rows of `columns`
+ * in the order of the weights, (channel, tap), and zeros. A row's first V floats may be written beyond the last row. */
+static void NAME(patches)(const struct conv *c, float *to, int columns, const float *x, int begin, int count, int c0, int cn)
 {
-    int T = c->kh * c->kw, K = c->K, on = c->Cout - o0 < OB ? c->Cout - o0 : OB, n = c->Cin * T;
-    int band = BAND / c->Wo < 1 ? 1 : BAND / c->Wo;
-    size_t size = (size_t)OB * T * NR;
-    float *gathered = room((2 * K + SAMPLES) * size);
-    if (!gathered) return 0;
-    float *gradient = gathered + K * size, *mixed = gradient + K * size;
-    /* The outputs of this block side by side, if they are read more than once: they lie a power of two apart. */
-    size_t positions = (size_t)c->Ho * c->Wo, step = c->Cin > NR ? OB : c->Cout;
-    float *packed = NULL;
-    if (step == OB) {
-        packed = room(c->B * positions * OB);
-        if (!packed) {
-            leave(gathered);
-            return 0;
+    int T = c->kh * c->kw, used = cn * T;
+    const float zeros[V] = {0};
+    for (int p = begin; p < begin + count; p++, to += columns) {
+        int top = p / c->Wo * c->sh - c->ph, left = p % c->Wo * c->sw - c->pw;
+        const float *at[T];
+        for (int t = 0; t < T; t++) {
+            int h = top + t / c->kw * c->dh, w = left + t % c->kw * c->dw;
+            at[t] = h < 0 || h >= c->H || w < 0 || w >= c->W ? NULL : x + ((size_t)h * c->W + w) * c->Cin + c0;
         }
-        for (size_t p = 0; p < c->B * positions; p++)
-            for (int m = 0; m < on; m++) packed[p * OB + m] = gy[p * c->Cout + o0 + m];
+        int i = 0;
+        for (; i + V <= cn && T <= V; i += V) {
+            vec rows[V] = {0};
+            if (T == 1) {
+                STORE(to + i, LOAD(at[0] ? at[0] + i : zeros));
+                continue;
+            }
+#pragma GCC unroll 16
+            for (int t = 0; t < V; t++)
+                if (t < T) rows[t] = LOAD(at[t] ? at[t] + i : zeros);
+            NAME(transpose)(rows);
+            /* What each has too much is overwritten by the next. */
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) STORE(to + (i + v) * T, rows[v]);
+        }
+        for (int t = 0; t < T; t++)
+            for (int v = i; v < cn; v++) to[v * T + t] = at[t] ? at[t][v] : 0;
+        for (int v = used; v < columns; v++) to[v] = 0;
     }
-    for (int c0 = 0; c0 < c->Cin; c0 += NR) {
-        int cn = c->Cin - c0 < NR ? c->Cin - c0 : NR;
-        memset(gathered, 0, sizeof(float) * 2 * K * size);
-        for (int o = 0; gpi && o < on; o++) NAME(gather)(c, gathered + o * NR, OB * NR, size, bank, o0 + o, c0, cn);
-        for (int s0 = 0; s0 < c->B; s0 += SAMPLES) {
-            int S = c->B - s0 < SAMPLES ? c->B - s0 : SAMPLES;
-            memset(mixed, 0, sizeof(float) * S * size);
-            for (int s = 0; s < S; s++)
-                for (int r0 = 0; r0 < c->Ho; r0 += band) {
-                    int rows = c->Ho - r0 < band ? c->Ho - r0 : band;
-                    const float *g = (packed ? packed : gy + o0) + ((s0 + s) * positions + (size_t)r0 * c->Wo) * step;
-                    for (int t = 0; t < T; t++) {
-                        const float *a = x + (s0 + s) * x_sample + (size_t)(r0 * c->sh + t / c->kw * c->dh) * x_row
-                            + (size_t)(t % c->kw) * c->dw * c->Cin + c0;
-                        float *to = mixed + s * size + (size_t)t * OB * NR;
-#define CASE(M) case M: \
-    if (cn > V) NAME(outer)(M, NV, to, g, c->Wo * step, step, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
-    else NAME(outer)(M, 1, to, g, c->Wo * step, step, a, x_row * c->sh, (size_t)c->Cin * c->sw, rows, c->Wo); \
-    break;
-                        switch (on) {
-                        CASE(1) CASE(2) CASE(3) CASE(4)
-#if OB > 4
-                        CASE(5) CASE(6) CASE(7) CASE(8)
-#endif
+}
+
+/* The gradient of OB output channels and N * V columns, from gy (position, OB) and patches. */
+INLINE void NAME(outer)(const int N, float *to, int columns, int add, const float *gy, const float *patch, int count)
+{
+    vec acc[OB][3];
+#pragma GCC unroll 16
+    for (int m = 0; m < OB; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < N; v++) acc[m][v] = add ? LOAD(to + m * columns + v * V) : (vec){0};
+    for (int p = 0; p < count; p++, gy += OB, patch += columns) {
+        vec row[3];
+#pragma GCC unroll 4
+        for (int v = 0; v < N; v++) row[v] = LOAD(patch + v * V);
+#pragma GCC unroll 16
+        for (int m = 0; m < OB; m++) {
+            vec a = splat(gy[m]);
+#pragma GCC unroll 4
+            for (int v = 0; v < N; v++) acc[m][v] += a * row[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < OB; m++)
+#pragma GCC unroll 4
+        for (int v = 0; v < N; v++) STORE(to + m * columns + v * V, acc[m][v]);
+}
+
+/* The gradients of pi (added) and of the bank (written or, with `add`, added) for the channels c0 .. c0 + cn and the
+ * outputs o0 .. o0 + on, of S samples; gy is (output / OB, sample, position, OB). */
+static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, int add, const float *gy, const float *x,
+                               const float *pi, const float *bank, int S, int c0, int cn, int o0, int on)
+{
+    int K = c->K, T = c->kh * c->kw, n = c->Cin * T, size = cn * T, columns = (size + V - 1) / V * V, P = c->Ho * c->Wo;
+    /* All samples' patches at once, if they fit; else bands of positions, and all outputs' gradients are kept. */
+    int whole = (size_t)S * P * columns <= PATCHES, band = whole ? P : BAND, outputs = whole ? OB : (on + OB - 1) / OB * OB;
+    size_t kernel = (size_t)c->Cout * n, block = (size_t)OB * columns, mixed = (size_t)outputs * columns;
+    float *patches = room((size_t)(whole ? S : 1) * band * columns + V + S * mixed);
+    if (!patches) return 0;
+    float *g = patches + (size_t)(whole ? S : 1) * band * columns + V;
+    for (int s0 = 0; s0 < S; s0 += whole ? S : 1)
+        for (int p = 0; p < P; p += band) {
+            int count = P - p < band ? P - p : band, s1 = whole ? S : s0 + 1, last = s1 == S && p + count == P;
+            for (int s = s0; s < s1; s++)
+                NAME(patches)(c, patches + (size_t)(s - s0) * band * columns, columns, x + (size_t)s * c->H * c->W * c->Cin, p,
+                              count, c0, cn);
+            for (int o = 0; o < on; o += OB) {
+                float *to = g + (whole ? 0 : o / OB * block);
+                for (int s = s0; s < s1; s++) {
+                    const float *from = gy + (((size_t)(o0 + o) / OB * S + s) * P + p) * OB;
+                    const float *patch = patches + (size_t)(s - s0) * band * columns;
+                    int v = 0;
+                    for (; v + 3 * V <= columns; v += 3 * V) NAME(outer)(3, to + s * mixed + v, columns, p, from, patch + v, count);
+                    if (columns - v == 2 * V) NAME(outer)(2, to + s * mixed + v, columns, p, from, patch + v, count);
+                    else if (columns - v == V) NAME(outer)(1, to + s * mixed + v, columns, p, from, patch + v, count);
+                    if (!last) continue;
+                    /* Fetch a part of what unmix will read and write: its rows lie too far apart to be guessed. */
+                    for (int row = s - s0; row < K * OB; row += s1 - s0) {
+                        size_t at = row / OB * kernel + (size_t)(o0 + o + row % OB) * n + (size_t)c0 * T;
+                        for (int i = 0; i < size && row % OB < on - o; i += 16) {
+                            if (gpi) __builtin_prefetch(bank + at + i, 0, 2);
+                            if (gbank) __builtin_prefetch(gbank + at + i, 1, 2);
                         }
-#undef CASE
                     }
                 }
-            NAME(unmix)(c, gpi ? gpi + s0 * K : NULL, gbank ? gradient : NULL, pi + s0 * K, gathered, mixed, S, size);
-        }
-        for (int k = 0; gbank && k < K; k++)
-            for (int o = 0; o < on; o++) {
-                float *to = gbank + ((size_t)k * c->Cout + o0 + o) * n + (size_t)c0 * T;
-                const float *from = gradient + k * size + (size_t)o * NR;
-                for (int v = 0; v < cn; v += V) NAME(collect)(to + v * T, from + v, OB * NR, T, cn - v);
+                for (int m = 0; last && m < OB && m < on - o; m++) {
+                    size_t at = (size_t)(o0 + o + m) * n + (size_t)c0 * T;
+                    NAME(unmix)(K, gpi, gbank ? gbank + at : NULL, add, pi, bank + at, kernel, to + (size_t)m * columns, mixed, S, size);
+                }
             }
-    }
-    leave(packed);
-    leave(gathered);
+        }
+    leave(patches);
     return 1;
+}
+
+/* The same for all channels and outputs of S samples. */
+static int NAME(dense_gradients)(const struct conv *c, float *gpi, float *gbank, int add, const float *gy, const float *x,
+                                 const float *pi, const float *bank, int S, int threads)
+{
+    int T = c->kh * c->kw, P = c->Ho * c->Wo, K = c->K, ok = 1, blocks = (c->Cout + OB - 1) / OB;
+    int most = COLUMNS / T / V * V, wide = WEIGHTS / (S * COLUMNS) / OB;
+    if (most < V) most = V;
+    if (wide < 1 || (size_t)S * P * most * T <= PATCHES) wide = blocks;
+    int parts = (c->Cin + most - 1) / most, tall = (blocks + wide - 1) / wide;
+    while (parts * tall < threads && tall < blocks) tall++;
+    wide = (blocks + tall - 1) / tall;
+    tall = (blocks + wide - 1) / wide;
+    float *packed = room((size_t)blocks * S * P * OB), *partial = gpi ? room((size_t)parts * tall * S * K) : NULL;
+    if (!packed || (gpi && !partial)) {
+        leave(packed);
+        leave(partial);
+        return 0;
+    }
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < S * P; i++)
+        for (int o = 0; o < c->Cout; o += OB)
+            memcpy(packed + ((size_t)o / OB * S * P + i) * OB, gy + (size_t)i * c->Cout + o,
+                   sizeof(float) * (c->Cout - o < OB ? c->Cout - o : OB));
+    for (int i = 0, o = c->Cout / OB * OB; o < c->Cout && i < S * P; i++)
+        for (int m = c->Cout - o; m < OB; m++) packed[((size_t)o / OB * S * P + i) * OB + m] = 0;
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+    for (int i = 0; i < parts * tall; i++) {
+        int c0 = i / tall * most, cn = c->Cin - c0 < most ? c->Cin - c0 : most, o0 = i % tall * wide * OB;
+        int on = c->Cout - o0 < wide * OB ? c->Cout - o0 : wide * OB;
+        float *mine = gpi ? partial + (size_t)i * S * K : NULL;
+        if (mine) memset(mine, 0, sizeof(float) * S * K);
+        ok = NAME(dense_weights)(c, mine, gbank, add, packed, x, pi, bank, S, c0, cn, o0, on) && ok;
+    }
+    for (int i = 0; gpi && i < parts * tall; i++)
+        for (int j = 0; j < S * K; j++) gpi[j] += partial[(size_t)i * S * K + j];
+    leave(partial);
+    leave(packed);
+    return ok;
 }
 
 /* Depthwise. The weights of a sample are in blocks of V channels: (block, tap, V). The last block may overlap the one
@@ -595,17 +639,25 @@ static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y,
     return ok;
 }
 
-/* The same of a dense convolution, whose x is padded: blocks of NR channels and chunks of samples in parallel. */
-static int NAME(dense_samples)(const struct conv *c, int backward, int grids, const struct grid *g, float *y, const float *x,
-                               size_t x_sample, const float *pi, const float *bank, const float *bias, int threads)
+/* The same of a dense convolution, whose x is padded by border: blocks of NR channels and chunks of samples in parallel. */
+static int NAME(dense_samples)(const struct conv *c, int backward, int grids, const struct grid *g, struct border border, float *y,
+                               const float *x, const float *pi, const float *bank, const float *bias, int threads)
 {
+    int T = c->kh * c->kw, H = backward ? c->Ho : c->H, W = backward ? c->Wo : c->W, C = backward ? c->Cout : c->Cin;
     size_t y_sample = backward ? (size_t)c->H * c->W * c->Cin : (size_t)c->Ho * c->Wo * c->Cout;
-    int blocks = ((backward ? c->Cin : c->Cout) + NR - 1) / NR, ok = 1;
-    int chunk = share(c->B, blocks, threads), chunks = (c->B + chunk - 1) / chunk;
+    int blocks = ((backward ? c->Cin : c->Cout) + NR - 1) / NR, most = PANEL / T < 1 ? 1 : PANEL / T, ok = 1;
+    int group = SAMPLES * ((threads + blocks - 1) / blocks);
+    for (int b = 0; b < c->B && ok; b += group) {
+        int n = c->B - b < group ? c->B - b : group, chunk = share(n, blocks, threads), chunks = (n + chunk - 1) / chunk;
+        struct padded a;
+        if (!pad(&a, x + (size_t)b * H * W * C, n, H, W, C, border, most < C ? most : C, threads)) return 0;
 #pragma omp parallel for num_threads(threads) reduction(&& : ok)
-    for (int i = 0; i < chunks * blocks; i++) {
-        int s0 = i / blocks * chunk, S = c->B - s0 < chunk ? c->B - s0 : chunk;
-        ok = NAME(dense)(c, backward, grids, g, y, y_sample, x, x_sample, pi, bank, bias, s0, S, i % blocks * NR) && ok;
+        for (int i = 0; i < chunks * blocks; i++) {
+            int s0 = i / blocks * chunk, S = n - s0 < chunk ? n - s0 : chunk;
+            ok = NAME(dense)(c, backward, grids, g, y + b * y_sample, y_sample, &a, pi + b * c->K, bank,
+                             bias ? bias + (size_t)b * c->Cout : NULL, s0, S, i % blocks * NR) && ok;
+        }
+        leave(a.copy);
     }
     return ok;
 }
@@ -613,20 +665,15 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
 static int NAME(forward)(const struct conv *c, float *y, const float *x, const float *pi, const float *bank,
                          const float *bias, int threads)
 {
-    int T = c->kh * c->kw;
+    int T = c->kh * c->kw, W = c->W + 2 * c->pw, off[T], which[T];
     if (c->groups > 1) return NAME(depthwise_samples)(c, 0, y, x, pi, bank, bias, threads);
-    struct padded a = {0};
-    int off[T], which[T];
-    if (!pad(&a, x, c->B, c->H, c->W, c->Cin, c->ph, c->ph, c->pw, c->pw, 0, threads)) return 0;
     for (int t = 0; t < T; t++) {
-        off[t] = (t / c->kw * c->dh * a.W + t % c->kw * c->dw) * c->Cin;
+        off[t] = t / c->kw * c->dh * W + t % c->kw * c->dw;
         which[t] = t;
     }
-    struct grid g = {c->Ho, c->Wo, T, off, which, 0, (ptrdiff_t)c->sh * a.W * c->Cin, (ptrdiff_t)c->sw * c->Cin,
-                     (ptrdiff_t)c->Wo * c->Cout, c->Cout};
-    int ok = NAME(dense_samples)(c, 0, 1, &g, y, a.x, a.sample, pi, bank, bias, threads);
-    leave(a.copy);
-    return ok;
+    struct grid g = {c->Ho, c->Wo, T, off, which, 0, (ptrdiff_t)c->sh * W, c->sw, (ptrdiff_t)c->Wo * c->Cout, c->Cout};
+    struct border border = {c->ph, c->ph, c->pw, c->pw};
+    return NAME(dense_samples)(c, 0, 1, &g, border, y, x, pi, bank, bias, threads);
 }
 
 static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy, const float *pi, const float *bank,
@@ -636,27 +683,47 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
     if (c->groups > 1) return NAME(depthwise_samples)(c, 1, gx, gy, pi, bank, NULL, threads);
     /* A convolution of gy for each phase of the stride, with the taps that reach it. */
     int phases = c->sh * c->sw, off[phases][T], which[phases][T], grids = 0;
-    int top = border((c->kh - 1) * c->dh - c->ph, c->sh), left = border((c->kw - 1) * c->dw - c->pw, c->sw);
     int bottom = (c->H - 1 + c->ph) / c->sh - (c->Ho - 1), right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
-    struct padded a = {0};
+    struct border border = {before((c->kh - 1) * c->dh - c->ph, c->sh), bottom > 0 ? bottom : 0,
+                            before((c->kw - 1) * c->dw - c->pw, c->sw), right > 0 ? right : 0};
+    int W = border.left + c->Wo + border.right;
     struct grid g[phases];
-    if (!pad(&a, gy, c->B, c->Ho, c->Wo, c->Cout, top, bottom > 0 ? bottom : 0, left, right > 0 ? right : 0, 0, threads)) return 0;
     for (int i = 0; i < phases; i++) {
         int h = i / c->sw, w = i % c->sw, taps = 0;
         if (h >= c->H || w >= c->W) continue;
         for (int t = 0; t < T; t++) {
             int r = h + c->ph - t / c->kw * c->dh, q = w + c->pw - t % c->kw * c->dw;
             if (r % c->sh || q % c->sw) continue;
-            off[grids][taps] = ((r / c->sh + top) * a.W + q / c->sw + left) * c->Cout;
+            off[grids][taps] = (r / c->sh + border.top) * W + q / c->sw + border.left;
             which[grids][taps++] = t;
         }
         g[grids] = (struct grid){(c->H - h + c->sh - 1) / c->sh, (c->W - w + c->sw - 1) / c->sw, taps, off[grids], which[grids],
-                                 ((ptrdiff_t)h * c->W + w) * c->Cin, (ptrdiff_t)a.W * c->Cout, c->Cout,
-                                 (ptrdiff_t)c->sh * c->W * c->Cin, (ptrdiff_t)c->sw * c->Cin};
+                                 ((ptrdiff_t)h * c->W + w) * c->Cin, W, 1, (ptrdiff_t)c->sh * c->W * c->Cin,
+                                 (ptrdiff_t)c->sw * c->Cin};
         grids++;
     }
-    int ok = NAME(dense_samples)(c, 1, grids, g, gx, a.x, a.sample, pi, bank, NULL, threads);
-    leave(a.copy);
+    return NAME(dense_samples)(c, 1, grids, g, border, gx, gy, pi, bank, NULL, threads);
+}
+
+static int NAME(depthwise_gradients)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x,
+                                     const float *pi, const float *bank, int threads)
+{
+    int T = c->kh * c->kw, K = c->K, ok = 1, blocks = NAME(blocks)(c), twice = blocks * V - c->Cin;
+    size_t size = (size_t)blocks * T * V;
+    float *gathered = room((2 * K + c->B) * size), *gradient = gathered + K * size, *mixed = gradient + K * size;
+    if (!gathered) return 0;
+#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+    for (int b = 0; b < c->B; b++)
+        ok = NAME(depthwise_weights)(c, mixed + b * size, gy + (size_t)b * c->Ho * c->Wo * c->Cin,
+                                     x + (size_t)b * c->H * c->W * c->Cin) && ok;
+    if (gpi) NAME(depthwise_gather)(c, gathered, bank);
+    if (ok) NAME(unmix)(K, gpi, gbank ? gradient : NULL, 0, pi, gathered, size, mixed, size, c->B, (int)size);
+    for (int k = 0; gbank && k < K; k++)
+        for (int b = 0; b < blocks; b++)
+            for (int t = 0; t < T; t++)
+                for (int i = b == blocks - 1 ? twice : 0; i < V; i++)
+                    gbank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t] = gradient[k * size + ((size_t)b * T + t) * V + i];
+    leave(gathered);
     return ok;
 }
 
@@ -664,46 +731,14 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
 static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x,
                                   const float *pi, const float *bank, int threads)
 {
-    int T = c->kh * c->kw, K = c->K, ok = 1;
+    int K = c->K, P = c->Ho * c->Wo, fit = PATCHES / (P * COLUMNS), ok = 1;
+    int chunk = fit < SAMPLES ? SAMPLES : fit < 4 * SAMPLES ? fit : 4 * SAMPLES;
     if (gpi) memset(gpi, 0, sizeof(float) * c->B * K);
-    if (c->groups > 1) {
-        int blocks = NAME(blocks)(c), twice = blocks * V - c->Cin;
-        size_t size = (size_t)blocks * T * V;
-        float *gathered = room((2 * K + c->B) * size), *gradient = gathered + K * size, *mixed = gradient + K * size;
-        if (!gathered) return 0;
-#pragma omp parallel for num_threads(threads) reduction(&& : ok)
-        for (int b = 0; b < c->B; b++)
-            ok = NAME(depthwise_weights)(c, mixed + b * size, gy + (size_t)b * c->Ho * c->Wo * c->Cin,
-                                         x + (size_t)b * c->H * c->W * c->Cin) && ok;
-        if (gpi) NAME(depthwise_gather)(c, gathered, bank);
-        if (gbank) memset(gradient, 0, sizeof(float) * K * size);
-        if (ok) NAME(unmix)(c, gpi, gbank ? gradient : NULL, pi, gathered, mixed, c->B, size);
-        for (int k = 0; gbank && k < K; k++)
-            for (int b = 0; b < blocks; b++)
-                for (int t = 0; t < T; t++)
-                    for (int i = b == blocks - 1 ? twice : 0; i < V; i++)
-                        gbank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t] = gradient[k * size + ((size_t)b * T + t) * V + i];
-        leave(gathered);
-        return ok;
-    }
-    int blocks = (c->Cout + OB - 1) / OB;
-    float *partial = gpi ? room((size_t)blocks * c->B * K) : NULL;
-    struct padded a = {0};
-    if (gpi && !partial) return 0;
-    if (!pad(&a, x, c->B, c->H, c->W, c->Cin, c->ph, c->ph, c->pw, c->pw, c->Cin % NR ? NR : 0, threads)) {
-        leave(partial);
-        return 0;
-    }
-#pragma omp parallel for num_threads(threads) reduction(&& : ok)
-    for (int i = 0; i < blocks; i++) {
-        float *mine = gpi ? partial + (size_t)i * c->B * K : NULL;
-        if (mine) memset(mine, 0, sizeof(float) * c->B * K);
-        ok = NAME(dense_weights)(c, mine, gbank, gy, a.x, (size_t)a.W * c->Cin, a.sample, pi, bank, i * OB) && ok;
-    }
-    for (int i = 0; gpi && i < blocks; i++)
-        for (int j = 0; j < c->B * K; j++) gpi[j] += partial[(size_t)i * c->B * K + j];
-    leave(partial);
-    leave(a.copy);
+    if (c->groups > 1) return NAME(depthwise_gradients)(c, gpi, gbank, gy, x, pi, bank, threads);
+    for (int b = 0; b < c->B && ok; b += chunk)
+        ok = NAME(dense_gradients)(c, gpi ? gpi + b * K : NULL, gbank, b > 0, gy + (size_t)b * P * c->Cout,
+                                   x + (size_t)b * c->H * c->W * c->Cin, pi + b * K, bank, c->B - b < chunk ? c->B - b : chunk,
+                                   threads);
     return ok;
 }
 
