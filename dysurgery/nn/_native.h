@@ -342,37 +342,69 @@ static void NAME(unmix)(int K, float *gpi, float *gbank, int add, const float *p
     }
 }
 
-/* Patches of x (H, W, Cin) of the channels c0 .. c0 + cn, for `count` positions of y from `begin` on, as rows of `columns`
- * in the order of the weights, (channel, tap), and zeros. A row's first V floats may be written beyond the last row. */
-static void NAME(patches)(const struct conv *c, float *to, int columns, const float *x, int begin, int count, int c0, int cn)
+/* (tap, V channels) to (channel, tap). The V floats behind may be overwritten. */
+INLINE void NAME(turn)(float *to, const vec *taps, int T)
+{
+    vec rows[V] = {0};
+#pragma GCC unroll 16
+    for (int t = 0; t < V; t++)
+        if (t < T) rows[t] = taps[t];
+    NAME(transpose)(rows);
+    /* What each has too much is overwritten by the next. */
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) STORE(to + i * T, rows[i]);
+}
+
+/* The same in place for a row of blocks of V channels. */
+static void NAME(turn_row)(float *row, int blocks, int T)
+{
+    for (int b = 0; b < blocks; b++, row += T * V) {
+        float turned[(T + 1) * V];
+        if (T <= V) NAME(turn)(turned, (const vec *)row, T);
+        else
+            for (int t = 0; t < T; t++)
+                for (int i = 0; i < V; i++) turned[i * T + t] = row[t * V + i];
+        memcpy(row, turned, sizeof(float) * T * V);
+    }
+}
+
+/* Patches of x (H, W, Cin) of the channels c0 .. c0 + cn, for `count` positions of y from `begin` on, as rows of `columns`:
+ * in the order of the weights, (channel, tap), or `late`: (block of V channels, tap, V), to be turned later. The rest is
+ * zeros. V floats behind the last row may be overwritten. */
+static void NAME(patches)(const struct conv *c, float *to, int columns, int late, const float *x, int begin, int count, int c0,
+                          int cn)
 {
     int T = c->kh * c->kw, used = cn * T;
     const float zeros[V] = {0};
-    for (int p = begin; p < begin + count; p++, to += columns) {
-        int top = p / c->Wo * c->sh - c->ph, left = p % c->Wo * c->sw - c->pw;
+    int top = begin / c->Wo * c->sh - c->ph, left = begin % c->Wo * c->sw - c->pw, end = c->Wo * c->sw - c->pw;
+    for (int p = 0; p < count; p++, to += columns, left += c->sw) {
         const float *at[T];
-        for (int t = 0; t < T; t++) {
-            int h = top + t / c->kw * c->dh, w = left + t % c->kw * c->dw;
-            at[t] = h < 0 || h >= c->H || w < 0 || w >= c->W ? NULL : x + ((size_t)h * c->W + w) * c->Cin + c0;
+        if (left == end) {
+            left = -c->pw;
+            top += c->sh;
+        }
+        for (int a = 0, t = 0, h = top; a < c->kh; a++, h += c->dh) {
+            const float *row = h < 0 || h >= c->H ? NULL : x + (size_t)h * c->W * c->Cin + c0;
+            for (int b = 0, w = left; b < c->kw; b++, w += c->dw)
+                at[t++] = !row || w < 0 || w >= c->W ? NULL : row + (size_t)w * c->Cin;
         }
         int i = 0;
-        for (; i + V <= cn && T <= V; i += V) {
-            vec rows[V] = {0};
-            if (T == 1) {
-                STORE(to + i, LOAD(at[0] ? at[0] + i : zeros));
+        for (; i + V <= cn && (late || T <= V); i += V) {
+            if (late || T == 1) {
+                for (int t = 0; t < T; t++) STORE(to + i * T + t * V, LOAD(at[t] ? at[t] + i : zeros));
                 continue;
             }
+            vec rows[V] = {0};
 #pragma GCC unroll 16
             for (int t = 0; t < V; t++)
                 if (t < T) rows[t] = LOAD(at[t] ? at[t] + i : zeros);
-            NAME(transpose)(rows);
-            /* What each has too much is overwritten by the next. */
-#pragma GCC unroll 16
-            for (int v = 0; v < V; v++) STORE(to + (i + v) * T, rows[v]);
+            NAME(turn)(to + i * T, rows, T);
         }
+        if (i < cn && late)
+            for (int v = i * T; v < columns; v++) to[v] = 0;
         for (int t = 0; t < T; t++)
-            for (int v = i; v < cn; v++) to[v * T + t] = at[t] ? at[t][v] : 0;
-        for (int v = used; v < columns; v++) to[v] = 0;
+            for (int v = i; v < cn; v++) to[late ? i * T + t * V + v - i : v * T + t] = at[t] ? at[t][v] : 0;
+        for (int v = used; v < columns && !late; v++) to[v] = 0;
     }
 }
 
@@ -406,7 +438,9 @@ INLINE void NAME(outer)(const int N, float *to, int columns, int add, const floa
 static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, int add, const float *gy, const float *x,
                                const float *pi, const float *bank, int S, int c0, int cn, int o0, int on)
 {
-    int K = c->K, T = c->kh * c->kw, n = c->Cin * T, size = cn * T, columns = (size + V - 1) / V * V, P = c->Ho * c->Wo;
+    int K = c->K, T = c->kh * c->kw, n = c->Cin * T, size = cn * T, P = c->Ho * c->Wo;
+    /* Either the patches are turned to the order of the weights or the gradients are, whichever are fewer. */
+    int late = T > 1 && on < P, columns = late ? (cn + V - 1) / V * V * T : (size + V - 1) / V * V;
     /* All samples' patches at once, if they fit; else bands of positions, and all outputs' gradients are kept. */
     int whole = (size_t)S * P * columns <= PATCHES, band = whole ? P : BAND, outputs = whole ? OB : (on + OB - 1) / OB * OB;
     size_t kernel = (size_t)c->Cout * n, block = (size_t)OB * columns, mixed = (size_t)outputs * columns;
@@ -417,8 +451,8 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, i
         for (int p = 0; p < P; p += band) {
             int count = P - p < band ? P - p : band, s1 = whole ? S : s0 + 1, last = s1 == S && p + count == P;
             for (int s = s0; s < s1; s++)
-                NAME(patches)(c, patches + (size_t)(s - s0) * band * columns, columns, x + (size_t)s * c->H * c->W * c->Cin, p,
-                              count, c0, cn);
+                NAME(patches)(c, patches + (size_t)(s - s0) * band * columns, columns, late,
+                              x + (size_t)s * c->H * c->W * c->Cin, p, count, c0, cn);
             for (int o = 0; o < on; o += OB) {
                 float *to = g + (whole ? 0 : o / OB * block);
                 for (int s = s0; s < s1; s++) {
@@ -439,6 +473,7 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, i
                     }
                 }
                 for (int m = 0; last && m < OB && m < on - o; m++) {
+                    for (int s = 0; late && s < S; s++) NAME(turn_row)(to + s * mixed + (size_t)m * columns, columns / (T * V), T);
                     size_t at = (size_t)(o0 + o + m) * n + (size_t)c0 * T;
                     NAME(unmix)(K, gpi, gbank ? gbank + at : NULL, add, pi, bank + at, kernel, to + (size_t)m * columns, mixed, S, size);
                 }
