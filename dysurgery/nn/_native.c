@@ -18,9 +18,10 @@
 #define RUN 64      /* columns of the bank that are gathered at a time */
 #define MAX_ROWS 64 /* rows of the bank that are fetched ahead */
 #define SAMPLES 8   /* mixed together from one pass over the bank */
-#define COLUMNS 144 /* weights of an output channel whose gradients are computed together, about */
+#define COLUMNS 288 /* weights of an output channel whose gradients are computed together, about */
 #define PATCHES (256 << 10) /* floats of the patches of all samples, at most; else of BAND positions */
-#define BAND 128
+#define BAND 128 /* positions of a band */
+#define PACKED (1 << 20)    /* floats of gradients in y that are packed at a time */
 #define WEIGHTS (256 << 10) /* floats of the gradients of mixed kernels that are kept from band to band */
 
 struct conv {

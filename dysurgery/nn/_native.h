@@ -488,7 +488,9 @@ static int NAME(dense_gradients)(const struct conv *c, float *gpi, float *gbank,
                                  const float *pi, const float *bank, int S, int threads)
 {
     int T = c->kh * c->kw, P = c->Ho * c->Wo, K = c->K, ok = 1, blocks = (c->Cout + OB - 1) / OB;
-    int most = COLUMNS / T / V * V, wide = WEIGHTS / (S * COLUMNS) / OB;
+    /* Fewer columns if that lets all samples' patches fit. */
+    int columns = (size_t)S * P * COLUMNS > PATCHES && (size_t)S * P * COLUMNS / 2 <= PATCHES ? COLUMNS / 2 : COLUMNS;
+    int most = columns / T / V * V, wide = WEIGHTS / (S * columns) / OB;
     if (most < V) most = V;
     if (wide < 1 || (size_t)S * P * most * T <= PATCHES) wide = blocks;
     int parts = (c->Cin + most - 1) / most, tall = (blocks + wide - 1) / wide;
@@ -766,8 +768,11 @@ static int NAME(depthwise_gradients)(const struct conv *c, float *gpi, float *gb
 static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x,
                                   const float *pi, const float *bank, int threads)
 {
-    int K = c->K, P = c->Ho * c->Wo, fit = PATCHES / (P * COLUMNS), ok = 1;
-    int chunk = fit < SAMPLES ? SAMPLES : fit < 4 * SAMPLES ? fit : 4 * SAMPLES;
+    int K = c->K, P = c->Ho * c->Wo, ok = 1;
+    /* More samples for each pass over the bank if their patches fit, fewer if their gradients do not. */
+    int chunk = PATCHES / (P * COLUMNS / 2), most = PACKED / ((size_t)P * c->Cout);
+    chunk = chunk < SAMPLES ? SAMPLES : chunk < 4 * SAMPLES ? chunk : 4 * SAMPLES;
+    chunk = most < 1 ? 1 : most < chunk ? most : chunk;
     if (gpi) memset(gpi, 0, sizeof(float) * c->B * K);
     if (c->groups > 1) return NAME(depthwise_gradients)(c, gpi, gbank, gy, x, pi, bank, threads);
     for (int b = 0; b < c->B && ok; b += chunk)
