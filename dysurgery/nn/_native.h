@@ -408,15 +408,21 @@ static void NAME(patches)(const struct conv *c, float *to, int columns, int late
     }
 }
 
-/* The gradient of OB output channels and N * V columns, from gy (position, OB) and patches. */
-INLINE void NAME(outer)(const int N, float *to, int columns, int add, const float *gy, const float *patch, int count)
+/* Whether the patches are x itself. */
+static int NAME(bare)(const struct conv *c)
+{
+    return c->kh * c->kw == 1 && c->sh == 1 && c->sw == 1 && !c->ph && !c->pw && c->Cin % V == 0;
+}
+
+/* The gradient of OB output channels and N * V columns, from gy (position, OB) and patches that are `step` apart. */
+INLINE void NAME(outer)(const int N, float *to, int columns, int add, const float *gy, const float *patch, int step, int count)
 {
     vec acc[OB][3];
 #pragma GCC unroll 16
     for (int m = 0; m < OB; m++)
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) acc[m][v] = add ? LOAD(to + m * columns + v * V) : (vec){0};
-    for (int p = 0; p < count; p++, gy += OB, patch += columns) {
+    for (int p = 0; p < count; p++, gy += OB, patch += step) {
         vec row[3];
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) row[v] = LOAD(patch + v * V);
@@ -442,26 +448,28 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, i
     /* Either the patches are turned to the order of the weights or the gradients are, whichever are fewer. */
     int late = T > 1 && on < P, columns = late ? (cn + V - 1) / V * V * T : (size + V - 1) / V * V;
     /* All samples' patches at once, if they fit; else bands of positions, and all outputs' gradients are kept. */
-    int whole = (size_t)S * P * columns <= PATCHES, band = whole ? P : BAND, outputs = whole ? OB : (on + OB - 1) / OB * OB;
+    int bare = NAME(bare)(c), whole = (size_t)(bare ? 1 : S) * P * columns <= PATCHES, step = bare ? c->Cin : columns, band = whole ? P : BAND, outputs = whole ? OB : (on + OB - 1) / OB * OB;
     size_t kernel = (size_t)c->Cout * n, block = (size_t)OB * columns, mixed = (size_t)outputs * columns;
-    float *patches = room((size_t)(whole ? S : 1) * band * columns + V + S * mixed);
-    if (!patches) return 0;
-    float *g = patches + (size_t)(whole ? S : 1) * band * columns + V;
+    size_t copied = bare ? 0 : (size_t)(whole ? S : 1) * band * columns + V;
+    float *g = room(S * mixed + copied), *patches = g + S * mixed;
+    if (!g) return 0;
     for (int s0 = 0; s0 < S; s0 += whole ? S : 1)
         for (int p = 0; p < P; p += band) {
             int count = P - p < band ? P - p : band, s1 = whole ? S : s0 + 1, last = s1 == S && p + count == P;
-            for (int s = s0; s < s1; s++)
+            for (int s = s0; s < s1 && !bare; s++)
                 NAME(patches)(c, patches + (size_t)(s - s0) * band * columns, columns, late,
                               x + (size_t)s * c->H * c->W * c->Cin, p, count, c0, cn);
             for (int o = 0; o < on; o += OB) {
                 float *to = g + (whole ? 0 : o / OB * block);
                 for (int s = s0; s < s1; s++) {
                     const float *from = gy + (((size_t)(o0 + o) / OB * S + s) * P + p) * OB;
-                    const float *patch = patches + (size_t)(s - s0) * band * columns;
-                    int v = 0;
-                    for (; v + 3 * V <= columns; v += 3 * V) NAME(outer)(3, to + s * mixed + v, columns, p, from, patch + v, count);
-                    if (columns - v == 2 * V) NAME(outer)(2, to + s * mixed + v, columns, p, from, patch + v, count);
-                    else if (columns - v == V) NAME(outer)(1, to + s * mixed + v, columns, p, from, patch + v, count);
+                    const float *patch = bare ? x + ((size_t)s * P + p) * c->Cin + c0 : patches + (size_t)(s - s0) * band * columns;
+                    for (int v = 0, left = columns; left; left = columns - v) { /* a vector alone is slow */
+                        if (left == V) NAME(outer)(1, to + s * mixed + v, columns, p, from, patch + v, step, count), v += V;
+                        else if (left == 2 * V || left == 4 * V)
+                            NAME(outer)(2, to + s * mixed + v, columns, p, from, patch + v, step, count), v += 2 * V;
+                        else NAME(outer)(3, to + s * mixed + v, columns, p, from, patch + v, step, count), v += 3 * V;
+                    }
                     if (!last) continue;
                     /* Fetch a part of what unmix will read and write: its rows lie too far apart to be guessed. */
                     for (int row = s - s0; row < K * OB; row += s1 - s0) {
@@ -479,7 +487,7 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, i
                 }
             }
         }
-    leave(patches);
+    leave(g);
     return 1;
 }
 
@@ -492,7 +500,7 @@ static int NAME(dense_gradients)(const struct conv *c, float *gpi, float *gbank,
     int columns = (size_t)S * P * COLUMNS > PATCHES && (size_t)S * P * COLUMNS / 2 <= PATCHES ? COLUMNS / 2 : COLUMNS;
     int most = columns / T / V * V, wide = WEIGHTS / (S * columns) / OB;
     if (most < V) most = V;
-    if (wide < 1 || (size_t)S * P * most * T <= PATCHES) wide = blocks;
+    if (wide < 1 || (size_t)(NAME(bare)(c) ? 1 : S) * P * most * T <= PATCHES) wide = blocks;
     int parts = (c->Cin + most - 1) / most, tall = (blocks + wide - 1) / wide;
     while (parts * tall < threads && tall < blocks) tall++;
     wide = (blocks + tall - 1) / tall;
@@ -504,12 +512,13 @@ static int NAME(dense_gradients)(const struct conv *c, float *gpi, float *gbank,
         return 0;
     }
 #pragma omp parallel for num_threads(threads)
-    for (int i = 0; i < S * P; i++)
-        for (int o = 0; o < c->Cout; o += OB)
-            memcpy(packed + ((size_t)o / OB * S * P + i) * OB, gy + (size_t)i * c->Cout + o,
-                   sizeof(float) * (c->Cout - o < OB ? c->Cout - o : OB));
-    for (int i = 0, o = c->Cout / OB * OB; o < c->Cout && i < S * P; i++)
-        for (int m = c->Cout - o; m < OB; m++) packed[((size_t)o / OB * S * P + i) * OB + m] = 0;
+    for (int i = 0; i < S * P; i++) {
+        const float *from = gy + (size_t)i * c->Cout;
+        float *to = packed + (size_t)i * OB;
+        int o = 0;
+        for (; o + OB <= c->Cout; o += OB, to += (size_t)S * P * OB) memcpy(to, from + o, sizeof(float) * OB);
+        for (int m = 0; o < c->Cout && m < OB; m++) to[m] = o + m < c->Cout ? from[o + m] : 0;
+    }
 #pragma omp parallel for num_threads(threads) reduction(&& : ok)
     for (int i = 0; i < parts * tall; i++) {
         int c0 = i / tall * most, cn = c->Cin - c0 < most ? c->Cin - c0 : most, o0 = i % tall * wide * OB;

@@ -344,13 +344,16 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         train: whether there will be a backward pass.
     """
     batch, weights = x.shape[0], math.prod(geometry.weight_shape)
-    if batch <= 1 and (train or weights <= _WIDE):  # first, as at batch 1 every microsecond counts
+    if batch <= 1 and (train or weights <= _NARROW and _is_product(geometry)):  # first: at batch 1 every microsecond counts
         return "single"
     compiling = compiled()
+    if batch <= 1 and compiling and weights <= _WIDE:
+        return "single"
     plain = x.device.type != "cpu" or not (compiling or eager())
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
-    large = (MAX_SAMPLES if compiling else batch) * weights * x.element_size() > 4 * MIB
-    if not plain and covers("native", x, geometry) and _prefers_c(x, geometry, train, large):
+    kernels = (MAX_SAMPLES if compiling else batch) * weights * x.element_size()
+    large = kernels > 4 * MIB
+    if not plain and covers("native", x, geometry) and _prefers_c(x, geometry, train, kernels):
         return "native"
     if covers("matmul", x, geometry) and batch > 1:
         # Several threads share one product better than the tiles of one.
@@ -366,7 +369,7 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     if wide:
         return "columns" if last or train else "blocks"
     # In a compiled graph nothing is asked about the batch from here on.
-    total, kernels = batch * elements, batch * weights * x.element_size()
+    total = batch * elements
     if geometry.groups == 1:
         if compiling:
             return _several(x, geometry) if large or last else "grouped"
@@ -393,11 +396,12 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     return "stacked" if total <= 2**20 else _several(x, geometry)
 
 
-def _prefers_c(x: Tensor, geometry: Geometry, train: bool, large: bool) -> bool:
+def _prefers_c(x: Tensor, geometry: Geometry, train: bool, kernels: int) -> bool:
     """Whether compiled C is faster than torch's operations, where it can be used (measured)."""
     if _is_product(geometry):
-        # A wide product has a cheap gradient in MKL, and a narrow one is all reading and writing of maps.
-        return large != train and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
+        # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache.
+        few = x.shape[0] > 1 and kernels <= (2 if train else 4) * MIB
+        return not few and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
     return geometry.groups > 1 or geometry.out_channels >= _VECTOR
 
 
