@@ -322,15 +322,51 @@ static int gate(float *pi, const float *x, const float *const *fc, float tau, in
     return 1;
 }
 
+/* A dense or depthwise layer whole: pooling, gate, mixing of the biases, convolution. */
+static int layer(const struct conv *c, float *y, const float *x, const float *const *fc, float tau, const float *bank,
+                 const float *bias_bank, int hidden, int sigmoid, int threads)
+{
+    int B = c->B, K = c->K, C = c->Cin, Cout = c->Cout;
+    float *mean = room((size_t)B * (C + K + Cout)), *pi = mean + (size_t)B * C, *bias = bias_bank ? pi + (size_t)B * K : NULL;
+    int ok = mean && used->pool(mean, x, B, c->H, c->W, C, threads) && gate(pi, mean, fc, tau, B, C, hidden, K, sigmoid);
+    for (int b = 0; ok && bias && b < B; b++) {
+        float *to = bias + (size_t)b * Cout, *p = pi + (size_t)b * K;
+        for (int o = 0; o < Cout; o++) to[o] = p[0] * bias_bank[o];
+        for (int k = 1; k < K; k++)
+            for (int o = 0; o < Cout; o++) to[o] += p[k] * bias_bank[(size_t)k * Cout + o];
+    }
+    ok = ok && used->forward(c, y, x, pi, bank, bias, threads);
+    leave(mean);
+    return ok;
+}
+
+#define GATE &fc[0], &fc[1], &fc[2], &fc[3], &tau
+#define FC {AT(fc[0]), AT(fc[1]), AT(fc[2]), AT(fc[3])}
+
 static PyObject *py_gate(PyObject *self, PyObject *args)
 {
     address pi, x, fc[4], tau;
     int B, C, hidden, K, sigmoid, ok;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KKKKKKKiiiii", &pi, &x, fc, fc + 1, fc + 2, fc + 3, &tau, &B, &C, &hidden, &K, &sigmoid)) return NULL;
+    if (!PyArg_ParseTuple(args, "KK(KKKKK)iiiii", &pi, &x, GATE, &B, &C, &hidden, &K, &sigmoid)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    const float *const at[4] = {AT(fc[0]), AT(fc[1]), AT(fc[2]), AT(fc[3])};
+    const float *const at[4] = FC;
     ok = gate(AT(pi), AT(x), at, *AT(tau), B, C, hidden, K, sigmoid);
+    Py_END_ALLOW_THREADS
+    return ended(ok);
+}
+
+static PyObject *py_layer(PyObject *self, PyObject *args)
+{
+    address y, x, fc[4], tau, bank, bias_bank;
+    struct conv c;
+    int hidden, sigmoid, threads, ok;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KK(KKKKK)KK" CONV "iii", &y, &x, GATE, &bank, &bias_bank, FIELDS(c), &hidden, &sigmoid, &threads))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    const float *const at[4] = FC;
+    ok = layer(&c, AT(y), AT(x), at, *AT(tau), AT(bank), AT(bias_bank), hidden, sigmoid, threads);
     Py_END_ALLOW_THREADS
     return ended(ok);
 }
@@ -368,7 +404,9 @@ static PyMethodDef methods[] = {
     {"weight_gradients", py_weight_gradients, METH_VARARGS,
      "weight_gradients(gpi or 0, gbank or 0, gy, x, pi, bank, conv, threads)"},
     {"pool", py_pool, METH_VARARGS, "pool(mean, x, B, H, W, C, threads)"},
-    {"gate", py_gate, METH_VARARGS, "gate(pi, x, weight 1, bias 1, weight 2, bias 2, tau, B, C, hidden, K, sigmoid)"},
+    {"gate", py_gate, METH_VARARGS, "gate(pi, x, (weight 1, bias 1, weight 2, bias 2, tau), B, C, hidden, K, sigmoid)"},
+    {"layer", py_layer, METH_VARARGS,
+     "layer(y, x, (weight 1, bias 1, weight 2, bias 2, tau), bank, bias bank or 0, conv, hidden, sigmoid, threads)"},
     {"names", py_names, METH_NOARGS, "names() of the instruction sets of this machine, the best first"},
     {"use", py_use, METH_VARARGS, "use(name) of an instruction set"},
     {NULL, NULL, 0, NULL},

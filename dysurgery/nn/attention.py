@@ -55,22 +55,24 @@ class Gate(nn.Module):
 
     def forward(self, descriptor: Tensor) -> Tensor:
         """Map the pooled input (B, C) to pi (B, K), in float32 or wider."""
-        own = self._plain_parameters() if self.in_c else None
+        own = self.plain_parameters()
         if own is not None and native.computes(descriptor, *own):
-            return native.gate(descriptor, *own, sigmoid=self.name == "sigmoid")
+            return native.gate(descriptor, own, sigmoid=self.name == "sigmoid")
         z = linear(F.relu(linear(descriptor, self.fc1)), self.fc2)
         dtype = torch.promote_types(z.dtype, torch.float32)
         return self.weights(z.to(dtype), self.tau.to(dtype))
 
-    def _plain_parameters(self) -> tuple[Tensor, ...] | None:
-        """Return what compiled C needs, unless the layers are not torch's own or somebody listens to them."""
+    def plain_parameters(self) -> tuple[Tensor, ...] | None:
+        """Return what compiled C needs, if it knows this gate, whose layers are torch's own and not listened to."""
+        if not vars(type(self)).get("in_c"):  # a subclass may compute something else
+            return None
         found: list[Any] = []
         for fc in (self._modules["fc1"], self._modules["fc2"]):  # the attributes would take longer than the arithmetic
             if type(fc) is not nn.Linear or fc._forward_hooks or fc._forward_pre_hooks:
                 return None
             found += (fc._parameters["weight"], fc._parameters["bias"])
         own: tuple[Any, ...] = (*found, self._buffers["tau"])
-        return None if any(t is None for t in own) else own
+        return own if all([t is not None and t.is_contiguous() for t in own]) else None
 
     def silence(self) -> None:
         """Set FC2 to zero, in place: z = 0, so pi is constant until training moves it."""

@@ -91,12 +91,17 @@ class DynamicConvNd(DynamicLayer):
         return self._run(x, self.output_padding)
 
     def _run(self, x: Tensor, output_padding: tuple[int, ...]) -> Tensor:
-        pi = self.gate(execution.pool(x))
-        x, padding = self.pad(x)
+        padded, padding = self.pad(x)
         geometry = execution.Geometry(
             self.weight_shape, self.stride, padding, self.dilation, self.groups, self.transposed, output_padding
         )
-        return execution.convolve(x, pi, self.kernels(), self.bias_bank, geometry, self.chooser)
+        kernels = self.kernels()
+        if padded is x:
+            y = execution.in_one_call(x, self.gate, kernels, self.bias_bank, geometry, self.chooser)
+            if y is not None:
+                return y
+        pi = self.gate(execution.pool(x))
+        return execution.convolve(padded, pi, kernels, self.bias_bank, geometry, self.chooser)
 
     def extra_repr(self) -> str:
         text = (

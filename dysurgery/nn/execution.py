@@ -49,6 +49,7 @@ Shapes: x (B, Cin, *size) with one to three axes of size, pi (B, K), bank (K, we
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -57,12 +58,26 @@ from torch._higher_order_ops import scan
 from torch.nn import functional as F
 from torch.utils._triton import has_triton
 
+from dysurgery.nn.attention import Gate
 from dysurgery.nn.native import available as compiled_c
-from dysurgery.nn.native import computes
+from dysurgery.nn.native import computes, numbers
+from dysurgery.nn.native import layer as layer_in_c
 from dysurgery.nn.native import pool as pool_in_c
 from dysurgery.nn.rows import compiled, eager
 from dysurgery.nn.rows import product as row_product
-from dysurgery.nn.tiles import FUSED, MAX_SAMPLES, NATIVE, Tiling, apart, is_last, product, side_by_side, tiled
+from dysurgery.nn.tiles import (
+    FUSED,
+    MAX_SAMPLES,
+    NATIVE,
+    Tiling,
+    apart,
+    is_last,
+    output_shape,
+    product,
+    side_by_side,
+    strides_last,
+    tiled,
+)  # fmt: skip
 
 
 class Geometry(NamedTuple):
@@ -343,11 +358,8 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         geometry: of the convolution.
         train: whether there will be a backward pass.
     """
-    batch, weights = x.shape[0], math.prod(geometry.weight_shape)
-    if batch <= 1 and (train or weights <= _NARROW and _is_product(geometry)):  # first: at batch 1 every microsecond counts
-        return "single"
-    compiling = compiled()
-    if batch <= 1 and compiling and weights <= _WIDE:
+    batch, weights, compiling = x.shape[0], math.prod(geometry.weight_shape), compiled()
+    if batch <= 1 and (train or (compiling and weights <= _WIDE)):
         return "single"
     plain = x.device.type != "cpu" or not (compiling or eager())
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
@@ -503,3 +515,43 @@ def linear(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None) -> Ten
     weight = mix(pi, bank).view(x.shape[0], bank.shape[1] // x.shape[2], x.shape[2])
     bias = None if bias_bank is None else mix(pi, bias_bank).unsqueeze(1)
     return product(x, weight.transpose(1, 2), bias)
+
+
+def in_one_call(
+    x: Tensor, gate: Gate, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry, chooser: Chooser = choose
+) -> Tensor | None:
+    """Run a whole layer, from pooling on, as one call of compiled C, if ``chooser`` goes that way and nobody looks.
+
+    Operations that each take a microsecond are half the time of a layer at batch 1.
+    """
+    if len(geometry.stride) != 2 or (torch.is_grad_enabled() and bank.requires_grad):
+        return None
+    if not eager() or gate._forward_hooks or gate._forward_pre_hooks:
+        return None
+    parameters = gate.plain_parameters()
+    banks = (bank,) if bias_bank is None else (bank, bias_bank)
+    if parameters is None or not computes(x, *banks, *parameters):
+        return None
+    if not (is_last(x) and x.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    call = _one_call(chooser, x.shape, bank.shape[0], geometry, torch.get_num_threads())
+    if call is None:
+        return None
+    shape, strides, conv = call
+    y = x.new_empty_strided(shape, strides)
+    if y.numel():
+        layer_in_c(x, parameters, bank, bias_bank, y, conv, sigmoid=gate.name == "sigmoid")
+    return y
+
+
+@lru_cache(maxsize=4096)
+def _one_call(
+    chooser: Chooser, shape: torch.Size, k: int, geometry: Geometry, threads: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Return shape and strides of y and what C is told, if ``chooser`` takes it for x of this shape, else None."""
+    x = torch.empty(shape[1]).as_strided(shape, (0, 1, 0, 0))
+    if chooser(x, geometry, False) != "native":
+        return None
+    tiling = _tiling(NATIVE, geometry.out_channels, geometry)
+    y = torch.Size(output_shape(shape, tiling))
+    return y, strides_last(y), numbers(shape, y, k, tiling)

@@ -8,7 +8,8 @@ over rows that are padded as they come. The gradient of a mixed kernel goes to p
 The module is compiled when the package is installed, if there is a C compiler; without it, :func:`available` is false
 and the other ways are taken. It has AVX-512, AVX2 and plain vectors, and takes the best that the machine knows.
 
-Without a backward pass, a layer's attention is computed here too, in two calls instead of ten operations of torch.
+Without a backward pass a whole layer is one call: pooling, gate, mixed bias and convolution. Where it goes another way
+or somebody listens to the gate, its attention is two calls instead of ten operations of torch.
 
 Shapes as in :mod:`dysurgery.nn.execution`; all tensors are float32.
 """
@@ -53,18 +54,48 @@ def pool(x: Tensor) -> Tensor:
     return mean
 
 
-def gate(
-    descriptor: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, tau: Tensor, *, sigmoid: bool
-) -> Tensor:
-    """Return pi (B, K) of the pooled input (B, C): FC1, ReLU, FC2, then softmax or sigmoid at temperature tau."""
-    descriptor, weight1, weight2 = descriptor.contiguous(), weight1.contiguous(), weight2.contiguous()
-    (batch, channels), (k, hidden) = descriptor.shape, weight2.shape
+def gate(descriptor: Tensor, parameters: tuple[Tensor, ...], *, sigmoid: bool) -> Tensor:
+    """Return pi (B, K) of the pooled input (B, C): FC1, ReLU, FC2, then softmax or sigmoid at temperature tau.
+
+    Args:
+        descriptor: (B, C).
+        parameters: weight and bias of FC1, those of FC2, and tau.
+        sigmoid: instead of softmax.
+    """
+    descriptor, (addresses, hidden, k) = descriptor.contiguous(), _attention(parameters)
+    batch, channels = descriptor.shape
     pi = descriptor.new_empty(batch, k)
-    _native.gate(
-        pi.data_ptr(), descriptor.data_ptr(), weight1.data_ptr(), bias1.data_ptr(), weight2.data_ptr(),
-        bias2.data_ptr(), tau.data_ptr(), batch, channels, hidden, k, sigmoid,
-    )  # fmt: skip
+    _native.gate(pi.data_ptr(), descriptor.data_ptr(), addresses, batch, channels, hidden, k, sigmoid)
     return pi
+
+
+def layer(
+    x: Tensor, parameters: tuple[Tensor, ...], bank: Tensor, bias_bank: Tensor | None, y: Tensor,
+    numbers: tuple[int, ...], *, sigmoid: bool,
+) -> None:  # fmt: skip
+    """Write y of a whole layer: pooling, :func:`gate` and convolution. x and y are in channels_last.
+
+    Args:
+        x: (B, Cin, H, W).
+        parameters: of the gate.
+        bank: (K, N).
+        bias_bank: (K, Cout) or None.
+        y: (B, Cout, H', W').
+        numbers: see :func:`numbers`.
+        sigmoid: the gate's function, instead of softmax.
+    """
+    addresses, hidden, _ = _attention(parameters)
+    bank, bias_bank = bank.contiguous(), None if bias_bank is None else bias_bank.contiguous()
+    _native.layer(
+        y.data_ptr(), x.data_ptr(), addresses, bank.data_ptr(), 0 if bias_bank is None else bias_bank.data_ptr(),
+        numbers, hidden, sigmoid, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _attention(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, ...], int, int]:
+    """Return the addresses of the gate's parameters, its hidden width and K."""
+    k, hidden = parameters[2].shape
+    return tuple([t.data_ptr() for t in parameters]), hidden, k
 
 
 def forward(x: Tensor, pi: Tensor, bank: Tensor, bias: Tensor | None, y: Tensor, tiling: "Tiling") -> None:
@@ -76,7 +107,7 @@ def forward(x: Tensor, pi: Tensor, bank: Tensor, bias: Tensor | None, y: Tensor,
     out = _last(y)
     _native.forward(
         out.data_ptr(), x.data_ptr(), pi.data_ptr(), bank.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        _numbers(x, y, pi, tiling), torch.get_num_threads(),
+        numbers(x.shape, y.shape, pi.shape[1], tiling), torch.get_num_threads(),
     )  # fmt: skip
     if out is not y:
         y.copy_(out)
@@ -88,7 +119,7 @@ def input_gradient(gy: Tensor, pi: Tensor, bank: Tensor, gx: Tensor, tiling: "Ti
     out = _last(gx)
     _native.input_gradient(
         out.data_ptr(), gy.data_ptr(), pi.data_ptr(), bank.data_ptr(),
-        _numbers(gx, gy, pi, tiling), torch.get_num_threads(),
+        numbers(gx.shape, gy.shape, pi.shape[1], tiling), torch.get_num_threads(),
     )  # fmt: skip
     if out is not gx:
         gx.copy_(out)
@@ -103,7 +134,7 @@ def kernel_gradients(
     _native.weight_gradients(
         0 if gpi is None else gpi.data_ptr(), 0 if gbank is None else gbank.data_ptr(),
         gy.data_ptr(), x.data_ptr(), pi.data_ptr(), bank.data_ptr(),
-        _numbers(x, gy, pi, tiling), torch.get_num_threads(),
+        numbers(x.shape, gy.shape, pi.shape[1], tiling), torch.get_num_threads(),
     )  # fmt: skip
     return gpi, gbank
 
@@ -125,8 +156,7 @@ def _checked(x: Tensor) -> Tensor:
     return x
 
 
-def _numbers(x: Tensor, y: Tensor, pi: Tensor, tiling: "Tiling") -> tuple[int, ...]:
-    """Return ``struct conv`` of _native.c."""
-    (batch, channels, *size), out = x.shape, y.shape[1:]
+def numbers(x: torch.Size, y: torch.Size, k: int, tiling: "Tiling") -> tuple[int, ...]:
+    """Return ``struct conv`` of _native.c for inputs and outputs of these shapes."""
     rest = (*tiling.weight_shape[2:], *tiling.stride, *tiling.padding, *tiling.dilation, tiling.groups)
-    return (batch, pi.shape[1], *size, channels, *out[1:], out[0], *rest)
+    return (x[0], k, *x[2:], x[1], *y[2:], y[1], *rest)

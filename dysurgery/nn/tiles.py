@@ -176,13 +176,18 @@ def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tili
 
 def _output(x: Tensor, tiling: Tiling) -> Tensor:
     """Return room for y."""
+    return _empty(x, output_shape(x.shape, tiling))
+
+
+def output_shape(shape: torch.Size, tiling: Tiling) -> tuple[int, ...]:
+    """Return the shape of y for that of x."""
     size = (
         (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         for length, padding, dilation, kernel, stride in zip(
-            x.shape[2:], tiling.padding, tiling.dilation, tiling.weight_shape[2:], tiling.stride, strict=True
+            shape[2:], tiling.padding, tiling.dilation, tiling.weight_shape[2:], tiling.stride, strict=True
         )
     )
-    return _empty(x, (x.shape[0], tiling.weight_shape[0], *size))
+    return shape[0], tiling.weight_shape[0], *size
 
 
 def _backward(
@@ -279,11 +284,16 @@ def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not is_last(like):
         return like.new_empty(shape)
     # No view: what a Function returns as a view cannot be changed in place, as activations do.
+    return like.new_empty_strided(shape, strides_last(shape))
+
+
+def strides_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of (B, C, *size) with its channels innermost in memory."""
     strides, step = [0] * len(shape), shape[1]
     strides[1] = 1
     for axis in (*range(len(shape) - 1, 1, -1), 0):
         strides[axis], step = step, step * shape[axis]
-    return like.new_empty_strided(shape, strides)
+    return tuple(strides)
 
 
 class Each:
