@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dysurgery.nn import native
-from dysurgery.nn.attention import GATES
-from dysurgery.nn.execution import WAYS, Geometry, choose, covers, pool
+from dysurgery.nn import DynamicConv2d, execution, native
+from dysurgery.nn.attention import GATES, SoftmaxGate
+from dysurgery.nn.execution import WAYS, Geometry, choose, choose_for_any_batch, covers, pool
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C compiler")
 DENSE = Geometry((40, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1)
@@ -83,6 +83,22 @@ def test_it_equals_the_grouped_convolution_in_float64_for_every_geometry_and_ins
             assert_equal(run("native", given, geometry, torch.float32), expected)
         finally:
             native._native.use(native._native.names()[0])
+
+
+@pytest.mark.parametrize(
+    ("geometry", "batch", "size"),
+    [
+        (DENSE, 9, (30, 41)),  # more patches than are kept at a time
+        (Geometry((24, 32, 1, 1), (1, 1), (0, 0), (1, 1), 1), 2, (95, 101)),  # as many positions, which are patches
+        (Geometry((20, 600, 1, 1), (2, 2), (0, 0), (1, 1), 1), 3, (9, 8)),  # several blocks of channels
+        (Geometry((300, 70, 3, 3), (2, 1), (1, 1), (1, 1), 1), 9, (40, 11)),  # several blocks of outputs in bands
+        (Geometry((12, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1), 2, (61, 64)),  # more taps than a vector has floats
+    ],
+    ids=["bands", "bare", "channels", "outputs", "taps"],
+)
+def test_large_maps_and_wide_layers_equal_the_grouped_convolution_in_float64(instructions, geometry, batch, size):
+    given = tensors(geometry, batch, size, 3)
+    assert_equal(run("native", given, geometry, torch.float32), run("grouped", given, geometry, torch.float64))
 
 
 @pytest.mark.parametrize("size", [(7, 7), (30, 41)])
@@ -218,6 +234,61 @@ def test_a_gate_is_differentiable_and_stays_so_in_other_types():
         assert gate.double()(x.double()).dtype == torch.float64
         with torch.autocast("cpu"):
             assert gate.float()(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("arguments", [(20, 40, 3, 2, 1), (24, 24, 3, 1, 1, 1, 24), (16, 32, 1)], ids=str)
+def test_a_layer_in_one_call_equals_the_layer_in_parts_in_float64(arguments, batch, bias, kind):
+    torch.manual_seed(0)
+    layer, x = DynamicConv2d(*arguments, bias=bias, gate=kind), nhwc(torch.randn(batch, arguments[0], 9, 12))
+    layer.gate.tau.fill_(3)
+    layer.chooser = lambda *_: "native"
+    wide = copy.deepcopy(layer).double()
+    wide.chooser = lambda *_: "grouped"
+    calls = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "layer_in_c", lambda *a, **b: calls.append(1) or native.layer(*a, **b))
+        found = layer(x)
+    assert calls
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), wide(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["gate", "gate.fc1"])
+def test_a_layer_whose_gate_somebody_listens_to_calls_it(part):
+    layer, heard = DynamicConv2d(24, 24, 3), []
+    with torch.no_grad():
+        expected = layer(nhwc(torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0))))
+        layer.get_submodule(part).register_forward_hook(lambda *_: heard.append(part))
+        found = layer(nhwc(torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0))))
+    assert heard == [part]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_layer_with_a_gate_of_ones_own_asks_it():
+    class First(SoftmaxGate):
+        @staticmethod
+        def weights(z, tau):
+            return torch.eye(z.shape[1])[:1].expand(z.shape)
+
+    layer, x = DynamicConv2d(24, 24, 3), nhwc(torch.randn(1, 24, 8, 8))
+    layer.gate = First(24, 4)
+    with torch.no_grad():
+        y = layer(x)
+        expected = nn.functional.conv2d(x, layer.bank[0].view(layer.weight_shape), layer.bias_bank[0])
+    torch.testing.assert_close(y, expected)
+
+
+def test_a_changed_geometry_or_chooser_is_seen_by_the_next_call():
+    layer, x = DynamicConv2d(24, 24, 3), nhwc(torch.randn(1, 24, 8, 8))
+    with torch.no_grad():
+        y = layer(x)
+        layer.stride = (2, 2)
+        assert layer(x).shape == (1, 24, 3, 3)
+        layer.stride, layer.chooser = (1, 1), choose_for_any_batch
+        torch.testing.assert_close(layer(x), y)
 
 
 def test_nan_in_the_descriptor_is_seen_in_pi():
