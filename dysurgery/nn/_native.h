@@ -6,7 +6,8 @@
  *   OB      output channels of a tile of the weights' gradient, likewise
  *
  * Maps are (sample, row, column, channel), weights (output channel, input channel, tap), as torch has them in
- * channels_last and contiguous. A panel is a mixed kernel in the order of its use: (tap, channel, NR outputs).
+ * channels_last and contiguous. A panel is a mixed kernel in the order of its use: (tap, channel, NR outputs), with one
+ * row more for each tap, as rows that lie a power of two apart evict one another.
  */
 
 #define NV 2        /* vectors of a row of a panel */
@@ -107,7 +108,7 @@ static void NAME(panels_of_outputs)(const struct conv *c, float *panels, size_t 
             for (int q = 0; q < run; q += V) {
                 int m = run - q < V ? run - q : V;
                 float *to[V];
-                for (int i = 0; i < m; i++) to[i] = panels + ((size_t)((j + q + i) % T) * cn + (j + q + i) / T) * NR + ob;
+                for (int i = 0; i < m; i++) to[i] = panels + ((size_t)((j + q + i) % T) * (cn + 1) + (j + q + i) / T) * NR + ob;
                 if (S > K) { /* K transpositions instead of S */
                     for (int k = 0; k < K; k++) {
                         vec kernel[V];
@@ -194,7 +195,7 @@ static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t
         for (int t = 0; t < T; t++)
             for (int v = 0; v < NR; v += V) {
                 const float *from = gathered + t * NR + v;
-                float *to = panels + ((size_t)t * on + o) * NR + v;
+                float *to = panels + ((size_t)t * (on + 1) + o) * NR + v;
                 for (int s = 0; s < S; s++) STORE(to + s * panel, NAME(mixed)(pi + s * K, K, from, (size_t)T * NR));
             }
     }
@@ -210,7 +211,7 @@ INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *f
 #pragma GCC unroll 2
         for (int v = 0; v < N; v++) acc[m][v] = LOAD((first ? first : y[m]) + v * V);
     for (int t = 0; t < taps; t++) {
-        const float *w = panel + (size_t)which[t] * cn * NR;
+        const float *w = panel + (size_t)which[t] * (cn + 1) * NR;
         int o = off[t] * step;
         for (int c = 0; c < cn; c++, w += NR, o++) {
             vec row[NV];
@@ -271,7 +272,7 @@ static int NAME(dense)(const struct conv *c, int backward, int grids, const stru
 {
     int T = c->kh * c->kw, inner = backward ? c->Cout : c->Cin, outputs = backward ? c->Cin : c->Cout;
     int on = outputs - o0 < NR ? outputs - o0 : NR, most = x->block;
-    size_t panel = (size_t)most * T * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
+    size_t panel = (size_t)(most + 1) * T * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
     float *panels = room(panel * S + gathered), first[NR] = {0};
     if (!panels) return 0;
     for (int c0 = 0; c0 < inner; c0 += most) {
