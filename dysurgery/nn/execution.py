@@ -10,7 +10,8 @@ is a function entered in :data:`WAYS`, a condition in :func:`covers` and a line 
 way       what it does                                                    where :func:`choose` takes it
 ========  ==============================================================  =====================================
 single    one ordinary convolution                                        one sample
-matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB
+matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB (to
+                                                                          2 in training, where native is there)
 products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that, with one thread
                                                                           or in training
 grouped   one convolution of B * groups groups, what everyone does        NCHW: depthwise to 2 million values, dense
@@ -27,9 +28,9 @@ blocks    the same for 128 output channels at a time                      wide d
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
                                                                           or for one sample
 native    one call of compiled C (:mod:`native`)                          channels_last in float32, where it was
-                                                                          compiled: depthwise, dense, one sample of
-                                                                          a wide layer; 1x1 where products or
-                                                                          matmul would be slower
+                                                                          compiled: depthwise, dense; 1x1 beyond
+                                                                          matmul's bound; one sample without a
+                                                                          backward pass
 outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
@@ -37,7 +38,8 @@ fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowher
 ``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``packed``, ``each``, ``blocks``, ``columns``
 and ``native`` keep no mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one
 node of the graph, under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are
-plain operations.
+plain operations. Where ``native`` is taken, nothing is differentiated and nobody looks, pooling and gate are in the same
+call (:func:`in_one_call`).
 The thresholds were measured on one core with AVX-512 in float32, at batch 8, 32 and 128.
 ``outputs`` and ``fused`` are for a GPU, where nothing was measured yet: :func:`dysurgery.autotune` tries them there.
 Not here, as they never won: mixed inputs, shifted sums (neither as one loop of a compiled graph), vmap.
