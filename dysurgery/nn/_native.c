@@ -41,7 +41,7 @@ static struct {
     float *at;
     size_t floats;
     int taken;
-} kept[4];
+} kept[8];
 
 #define KEPT (sizeof kept / sizeof *kept)
 #define KEEP ((size_t)4 << 20) /* floats of a buffer that is kept, at most */

@@ -449,7 +449,8 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, i
     /* Either the patches are turned to the order of the weights or the gradients are, whichever are fewer. */
     int late = T > 1 && on < P, columns = late ? (cn + V - 1) / V * V * T : (size + V - 1) / V * V;
     /* All samples' patches at once, if they fit; else bands of positions, and all outputs' gradients are kept. */
-    int bare = NAME(bare)(c), whole = (size_t)(bare ? 1 : S) * P * columns <= PATCHES, step = bare ? c->Cin : columns, band = whole ? P : BAND, outputs = whole ? OB : (on + OB - 1) / OB * OB;
+    int bare = NAME(bare)(c), step = bare ? c->Cin : columns, whole = (size_t)(bare ? 1 : S) * P * columns <= PATCHES;
+    int band = whole ? P : BAND, outputs = whole ? OB : (on + OB - 1) / OB * OB;
     size_t kernel = (size_t)c->Cout * n, block = (size_t)OB * columns, mixed = (size_t)outputs * columns;
     size_t copied = bare ? 0 : (size_t)(whole ? S : 1) * band * columns + V;
     float *g = room(S * mixed + copied), *patches = g + S * mixed;
@@ -780,7 +781,7 @@ static int NAME(weight_gradients)(const struct conv *c, float *gpi, float *gbank
 {
     int K = c->K, P = c->Ho * c->Wo, ok = 1;
     /* More samples for each pass over the bank if their patches fit, fewer if their gradients do not. */
-    int chunk = PATCHES / (P * COLUMNS / 2), most = PACKED / ((size_t)P * c->Cout);
+    int chunk = PATCHES / ((size_t)P * COLUMNS / 2), most = PACKED / ((size_t)P * c->Cout);
     chunk = chunk < SAMPLES ? SAMPLES : chunk < 4 * SAMPLES ? chunk : 4 * SAMPLES;
     chunk = most < 1 ? 1 : most < chunk ? most : chunk;
     if (gpi) memset(gpi, 0, sizeof(float) * c->B * K);

@@ -326,6 +326,8 @@ def _has_native(x: Tensor, geometry: Geometry) -> bool:
     """Whether the compiled module is there and takes this: maps in channels_last, float32, dense or depthwise."""
     if not (compiled_c() and is_last(x) and x.dtype == torch.float32 and x.device.type == "cpu"):
         return False
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        return False  # somebody counts or records operations, of which C is none
     depthwise = x.shape[1] == geometry.out_channels == geometry.groups >= _VECTOR
     return (depthwise or geometry.groups == 1) and not torch.is_autocast_enabled("cpu")
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dysurgery.nn import DynamicConv2d, execution, native
 from dysurgery.nn.attention import GATES, SoftmaxGate
@@ -163,6 +164,14 @@ def test_it_is_taken_for_float32_in_channels_last_alone():
         assert not covers("native", x, DENSE)
     with pytest.raises(TypeError, match=r"float32 on a CPU, not torch\.float64"):
         WAYS["native"](x.double(), torch.ones(8, 1).double(), torch.ones(1, 7200).double(), None, DENSE)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_who_counts_operations_sees_them(batch):
+    layer, x = DynamicConv2d(24, 24, 3), nhwc(torch.randn(batch, 24, 8, 8))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() >= 2 * batch * 24 * 24 * 9 * 36
 
 
 def test_without_the_compiled_module_other_ways_are_taken(monkeypatch):
