@@ -29,8 +29,8 @@ columns   im2col and products, 64 output channels at a time               the sa
                                                                           or for one sample
 native    one call of compiled C (:mod:`native`)                          channels_last in float32, where it was
                                                                           compiled: depthwise, dense; 1x1 beyond
-                                                                          matmul's bound; one sample without a
-                                                                          backward pass
+                                                                          matmul's bound; without a backward pass
+                                                                          one sample, and a small 1x1
 outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
@@ -350,6 +350,8 @@ _NARROW = 2**17
 """Weights up to which samples are packed: beyond that, the kernels of two or more do not stay in the cache."""
 _VECTOR = 16
 """Channels from which compiled C is fast: the floats of an AVX-512 register."""
+_SMALL_PRODUCT = 2**24
+"""Multiplications up to which calls cost more than they do."""
 _SMALL_MAP = 64
 """Positions of an output below which those are slow as convolutions."""
 
@@ -417,6 +419,9 @@ def _prefers_c(x: Tensor, geometry: Geometry, train: bool, kernels: int) -> bool
     if _is_product(geometry):
         # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache.
         few = x.shape[0] > 1 and kernels <= (2 if train else 4) * MIB
+        if few and not train and not compiled():  # a small one is over before the operations around MKL's are
+            positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
+            few = x.shape[0] * positions * math.prod(geometry.weight_shape) > _SMALL_PRODUCT
         return not few and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
     return geometry.groups > 1 or geometry.out_channels >= _VECTOR
 
