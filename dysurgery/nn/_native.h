@@ -466,12 +466,12 @@ static int NAME(dense_weights)(const struct conv *c, float *gpi, float *gbank, i
                 for (int s = s0; s < s1; s++) {
                     const float *from = gy + (((size_t)(o0 + o) / OB * S + s) * P + p) * OB;
                     const float *patch = bare ? x + ((size_t)s * P + p) * c->Cin + c0 : patches + (size_t)(s - s0) * band * columns;
-                    for (int v = 0, left = columns; left; left = columns - v) { /* a vector alone is slow */
-                        if (left == V) NAME(outer)(1, to + s * mixed + v, columns, p, from, patch + v, step, count), v += V;
-                        else if (left == 2 * V || left == 4 * V)
-                            NAME(outer)(2, to + s * mixed + v, columns, p, from, patch + v, step, count), v += 2 * V;
-                        else NAME(outer)(3, to + s * mixed + v, columns, p, from, patch + v, step, count), v += 3 * V;
-                    }
+                    for (int v = 0; v < columns; v += 3 * V)
+                        switch ((columns - v) / V) {
+                        case 1: NAME(outer)(1, to + s * mixed + v, columns, p, from, patch + v, step, count); break;
+                        case 2: NAME(outer)(2, to + s * mixed + v, columns, p, from, patch + v, step, count); break;
+                        default: NAME(outer)(3, to + s * mixed + v, columns, p, from, patch + v, step, count);
+                        }
                     if (!last) continue;
                     /* Fetch a part of what unmix will read and write: its rows lie too far apart to be guessed. */
                     for (int row = s - s0; row < K * OB; row += s1 - s0) {

@@ -112,9 +112,14 @@ def mix(pi: Tensor, bank: Tensor) -> Tensor:
 
 def pool(x: Tensor) -> Tensor:
     """Return the mean over the positions of x (B, C, *size), which the gate sees, as (B, C)."""
-    if x.dim() == 4 and is_last(x) and x.is_contiguous(memory_format=torch.channels_last) and computes(x):
+    if _is_whole(x) and computes(x):
         return pool_in_c(x)
     return x.mean(dim=tuple(range(2, x.dim())))
+
+
+def _is_whole(x: Tensor) -> bool:
+    """Whether x is (B, C, H, W) in channels_last without gaps, as compiled C takes it by its address."""
+    return x.dim() == 4 and is_last(x) and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -533,15 +538,13 @@ def in_one_call(
 
     Operations that each take a microsecond are half the time of a layer at batch 1.
     """
-    if len(geometry.stride) != 2 or (torch.is_grad_enabled() and bank.requires_grad):
+    if not _is_whole(x) or (torch.is_grad_enabled() and bank.requires_grad):
         return None
     if not eager() or gate._forward_hooks or gate._forward_pre_hooks:
         return None
     parameters = gate.plain_parameters()
     banks = (bank,) if bias_bank is None else (bank, bias_bank)
     if parameters is None or not computes(x, *banks, *parameters):
-        return None
-    if not (is_last(x) and x.is_contiguous(memory_format=torch.channels_last)):
         return None
     call = _one_call(chooser, x.shape, bank.shape[0], geometry, torch.get_num_threads())
     if call is None:
@@ -557,7 +560,10 @@ def in_one_call(
 def _one_call(
     chooser: Chooser, shape: torch.Size, k: int, geometry: Geometry, threads: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-    """Return shape and strides of y and what C is told, if ``chooser`` takes it for x of this shape, else None."""
+    """Return shape and strides of y and what C is told, if ``chooser`` takes it for x of this shape, else None.
+
+    A chooser may ask torch for the number of threads, so that it is part of what is remembered.
+    """
     x = torch.empty(shape[1]).as_strided(shape, (0, 1, 0, 0))
     if chooser(x, geometry, False) != "native":
         return None
