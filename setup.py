@@ -7,7 +7,7 @@ setup(
         Extension(
             "dysurgery.nn._native",
             ["dysurgery/nn/_native.c"],
-            depends=["dysurgery/nn/_native.h"],
+            depends=["dysurgery/nn/_native.h", "dysurgery/nn/_winograd.h"],
             # Compiled for OpenMP, but not linked with it: the threads are those of torch, which brings its own.
             extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["m"],

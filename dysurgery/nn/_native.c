@@ -29,10 +29,11 @@ struct conv {
 };
 
 /* Positions in rows and columns, where they are in x (in positions) and in y (in floats, from `y` on), and their taps:
- * `off` in x, `which` of the kernel. */
+ * `off` in x, `which` of the kernel; or `winograd`, see _winograd.h. */
 struct grid {
     int rows, columns, taps;
     const int *off, *which;
+    int winograd;
     ptrdiff_t y, x_row, x_column, y_row, y_column;
 };
 

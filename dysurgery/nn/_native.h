@@ -231,6 +231,23 @@ INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *f
         for (int v = 0; v < N; v++) STORE(y[m] + v * V, acc[m][v]);
 }
 
+/* The same for any number of positions up to MR, and of columns up to NR. */
+static void NAME(any_tile)(int M, int on, float *const *y, const float *first, const float *const *x, int step, int taps,
+                           const int *off, const int *which, int cn, const float *panel)
+{
+    switch (M) {
+#define CASE(M) case M: \
+        if (on > V) NAME(tile)(M, NV, y, first, x, step, taps, off, which, cn, panel); \
+        else NAME(tile)(M, 1, y, first, x, step, taps, off, which, cn, panel); \
+        break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if MR > 6
+    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+#endif
+#undef CASE
+    }
+}
+
 /* Multiply one sample by its panel at all positions of the grid; on <= NR columns of y are there. */
 static void NAME(multiply)(const struct grid *g, float *y, int on, const float *first, const float *x, int step, int cn,
                            const float *panel)
@@ -249,42 +266,47 @@ static void NAME(multiply)(const struct grid *g, float *y, int on, const float *
                 if (!first) memcpy(to[m], target[m], sizeof(float) * on);
             }
         }
-        switch (M) {
-#define CASE(M) case M: \
-        if (on > V) NAME(tile)(M, NV, to, first, from, step, g->taps, g->off, g->which, cn, panel); \
-        else NAME(tile)(M, 1, to, first, from, step, g->taps, g->off, g->which, cn, panel); \
-        break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if MR > 6
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
-#endif
-#undef CASE
-        }
+        NAME(any_tile)(M, on, to, first, from, step, g->taps, g->off, g->which, cn, panel);
         if (on < NR)
             for (int m = 0; m < M; m++) memcpy(target[m], to[m], sizeof(float) * on);
     }
 }
 
-/* One block of NR output channels (or, towards the input, of input channels) for S samples. ``outputs`` of them are
- * there in all, ``inner`` channels are summed over, and ``grids`` tell where. */
+#include "_winograd.h"
+
+/* The output channels (or, towards the input, the input channels) o0 .. o0 + on for S samples: one block of NR, or by
+ * Winograd several. ``outputs`` of them are there in all, ``inner`` channels are summed over, and ``grids`` tell where. */
 static int NAME(dense)(const struct conv *c, int backward, int grids, const struct grid *g, float *y, size_t y_sample,
-                       const struct padded *x, const float *pi, const float *bank, const float *bias, int s0, int S, int o0)
+                       const struct padded *x, const float *pi, const float *bank, const float *bias, int s0, int S, int o0,
+                       int on)
 {
     int T = c->kh * c->kw, inner = backward ? c->Cout : c->Cin, outputs = backward ? c->Cin : c->Cout;
-    int on = outputs - o0 < NR ? outputs - o0 : NR, most = x->block;
-    size_t panel = (size_t)(most + 1) * T * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
-    float *panels = room(panel * S + gathered), first[NR] = {0};
+    int most = x->block, blocks = (on + NR - 1) / NR;
+    size_t panel = (size_t)(most + 1) * (g->winograd ? SLOTS : T) * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
+    size_t tiles = g->winograd ? (size_t)SLOTS * TILES * most : 0, sums = g->winograd ? SLOTS * TILES * NR : 0;
+    float *panels = room(panel * S * blocks + gathered + tiles + sums), *scratch = panels + panel * S * blocks;
+    float first[blocks * NR];
     if (!panels) return 0;
+    memset(first, 0, sizeof first);
     for (int c0 = 0; c0 < inner; c0 += most) {
         int cn = inner - c0 < most ? inner - c0 : most, step = x->copy ? cn : inner;
-        if (backward) NAME(panels_of_channels)(c, panels, panel, panels + panel * S, pi + s0 * c->K, bank, S, c0, cn, o0, on);
-        else NAME(panels_of_outputs)(c, panels, panel, panels + panel * S, pi + s0 * c->K, bank, S, o0, on, c0, cn);
+        for (int i = 0; i < blocks; i++) {
+            int o = o0 + i * NR, n = on - i * NR < NR ? on - i * NR : NR;
+            float *to = panels + panel * S * i;
+            if (backward) NAME(panels_of_channels)(c, to, panel, scratch, pi + s0 * c->K, bank, S, c0, cn, o, n);
+            else NAME(panels_of_outputs)(c, to, panel, scratch, pi + s0 * c->K, bank, S, o, n, c0, cn);
+            for (int s = 0; s < S && g->winograd; s++) NAME(transform_panel)(to + panel * s, cn, backward);
+        }
         for (int s = 0; s < S; s++) {
+            float *to = y + (s0 + s) * y_sample + o0;
+            const float *from = x->x + (s0 + s) * x->sample + (x->copy ? (size_t)c0 * x->positions : (size_t)c0);
             if (bias) memcpy(first, bias + (size_t)(s0 + s) * outputs + o0, sizeof(float) * on);
-            for (int i = 0; i < grids; i++)
-                NAME(multiply)(&g[i], y + (s0 + s) * y_sample + g[i].y + o0, on, c0 ? NULL : first,
-                               x->x + (s0 + s) * x->sample + (x->copy ? (size_t)c0 * x->positions : (size_t)c0), step, cn,
-                               panels + panel * s);
+            if (g->winograd)
+                NAME(multiply_tiles)(g, to, on, c0 ? NULL : first, from, step, cn, panels + panel * s, panel * S,
+                                     scratch + gathered, scratch + gathered + tiles);
+            else
+                for (int i = 0; i < grids; i++)
+                    NAME(multiply)(&g[i], to + g[i].y, on, c0 ? NULL : first, from, step, cn, panels + panel * s);
         }
     }
     leave(panels);
@@ -693,17 +715,24 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
 {
     int T = c->kh * c->kw, H = backward ? c->Ho : c->H, W = backward ? c->Wo : c->W, C = backward ? c->Cout : c->Cin;
     size_t y_sample = backward ? (size_t)c->H * c->W * c->Cin : (size_t)c->Ho * c->Wo * c->Cout;
-    int blocks = ((backward ? c->Cin : c->Cout) + NR - 1) / NR, most = PANEL / T < 1 ? 1 : PANEL / T, ok = 1;
+    int outputs = backward ? c->Cin : c->Cout, blocks = (outputs + NR - 1) / NR, most = PANEL / T < 1 ? 1 : PANEL / T, ok = 1;
     int group = SAMPLES * ((threads + blocks - 1) / blocks);
     for (int b = 0; b < c->B && ok; b += group) {
-        int n = c->B - b < group ? c->B - b : group, chunk = share(n, blocks, threads), chunks = (n + chunk - 1) / chunk;
+        int n = c->B - b < group ? c->B - b : group, chunk = share(n, blocks, threads), wide = 1;
+        if (g->winograd) { /* several blocks from each transformation of x, as long as threads have enough to do */
+            chunk = chunk < SAMPLES / WIDE ? chunk : SAMPLES / WIDE;
+            wide = SAMPLES / chunk;
+            while (wide > 1 && (n + chunk - 1) / chunk * ((blocks + wide - 1) / wide) < threads) wide--;
+        }
+        int chunks = (n + chunk - 1) / chunk, parts = (blocks + wide - 1) / wide;
         struct padded a;
         if (!pad(&a, x + (size_t)b * H * W * C, n, H, W, C, border, most < C ? most : C, threads)) return 0;
 #pragma omp parallel for num_threads(threads) reduction(&& : ok)
-        for (int i = 0; i < chunks * blocks; i++) {
-            int s0 = i / blocks * chunk, S = n - s0 < chunk ? n - s0 : chunk;
+        for (int i = 0; i < chunks * parts; i++) {
+            int s0 = i / parts * chunk, S = n - s0 < chunk ? n - s0 : chunk, o0 = i % parts * wide * NR;
             ok = NAME(dense)(c, backward, grids, g, y + b * y_sample, y_sample, &a, pi + b * c->K, bank,
-                             bias ? bias + (size_t)b * c->Cout : NULL, s0, S, i % blocks * NR) && ok;
+                             bias ? bias + (size_t)b * c->Cout : NULL, s0, S, o0,
+                             outputs - o0 < wide * NR ? outputs - o0 : wide * NR) && ok;
         }
         leave(a.copy);
     }
@@ -713,14 +742,15 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
 static int NAME(forward)(const struct conv *c, float *y, const float *x, const float *pi, const float *bank,
                          const float *bias, int threads)
 {
-    int T = c->kh * c->kw, W = c->W + 2 * c->pw, off[T], which[T];
+    int T = c->kh * c->kw, off[T], which[T], winograd = NAME(takes_winograd)(c, 0);
     if (c->groups > 1) return NAME(depthwise_samples)(c, 0, y, x, pi, bank, bias, threads);
+    struct border border = {c->ph, c->ph + (winograd && c->Ho % 2), c->pw, c->pw + (winograd && c->Wo % 2)};
+    int W = border.left + c->W + border.right;
     for (int t = 0; t < T; t++) {
         off[t] = t / c->kw * c->dh * W + t % c->kw * c->dw;
         which[t] = t;
     }
-    struct grid g = {c->Ho, c->Wo, T, off, which, 0, (ptrdiff_t)c->sh * W, c->sw, (ptrdiff_t)c->Wo * c->Cout, c->Cout};
-    struct border border = {c->ph, c->ph, c->pw, c->pw};
+    struct grid g = {c->Ho, c->Wo, T, off, which, winograd, 0, (ptrdiff_t)c->sh * W, c->sw, (ptrdiff_t)c->Wo * c->Cout, c->Cout};
     return NAME(dense_samples)(c, 0, 1, &g, border, y, x, pi, bank, bias, threads);
 }
 
@@ -734,6 +764,9 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
     int bottom = (c->H - 1 + c->ph) / c->sh - (c->Ho - 1), right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
     struct border border = {before((c->kh - 1) * c->dh - c->ph, c->sh), bottom > 0 ? bottom : 0,
                             before((c->kw - 1) * c->dw - c->pw, c->sw), right > 0 ? right : 0};
+    int winograd = NAME(takes_winograd)(c, 1);
+    border.bottom += winograd && c->H % 2;
+    border.right += winograd && c->W % 2;
     int W = border.left + c->Wo + border.right;
     struct grid g[phases];
     for (int i = 0; i < phases; i++) {
@@ -746,7 +779,7 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
             which[grids][taps++] = t;
         }
         g[grids] = (struct grid){(c->H - h + c->sh - 1) / c->sh, (c->W - w + c->sw - 1) / c->sw, taps, off[grids], which[grids],
-                                 ((ptrdiff_t)h * c->W + w) * c->Cin, W, 1, (ptrdiff_t)c->sh * c->W * c->Cin,
+                                 winograd, ((ptrdiff_t)h * c->W + w) * c->Cin, W, 1, (ptrdiff_t)c->sh * c->W * c->Cin,
                                  (ptrdiff_t)c->sw * c->Cin};
         grids++;
     }

@@ -14,6 +14,7 @@ from dysurgery.nn.execution import WAYS, Geometry, choose, choose_for_any_batch,
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the package was installed without a C compiler")
 DENSE = Geometry((40, 20, 3, 3), (1, 1), (1, 1), (1, 1), 1)
+WINOGRAD = Geometry((70, 40, 3, 3), (1, 1), (1, 1), (1, 1), 1)
 DEPTHWISE = Geometry((24, 1, 3, 3), (2, 2), (1, 1), (1, 1), 24)
 
 
@@ -72,8 +73,18 @@ def cases(draw):
     return geometry, draw(st.integers(1, 11)), size, draw(st.integers(1, 6)), draw(st.booleans())
 
 
-@given(case=cases())
-@settings(max_examples=60, deadline=None)
+@st.composite
+def winograd_cases(draw):
+    """A 3x3 geometry of stride 1 on maps that are large enough, with any padding and odd sizes too."""
+    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    height, width = draw(st.integers(6, 20)), draw(st.integers(6, 40))
+    channels, outputs = draw(st.integers(32, 90)), draw(st.integers(32, 140))
+    geometry = Geometry((outputs, channels, 3, 3), (1, 1), padding, (1, 1), 1)
+    return geometry, draw(st.integers(1, 11)), (height, width), draw(st.integers(1, 6)), draw(st.booleans())
+
+
+@given(case=cases() | winograd_cases())
+@settings(max_examples=90, deadline=None)
 def test_it_equals_the_grouped_convolution_in_float64_for_every_geometry_and_instruction_set(case):
     geometry, *rest = case
     given = tensors(geometry, *rest)
@@ -94,8 +105,10 @@ def test_it_equals_the_grouped_convolution_in_float64_for_every_geometry_and_ins
         (Geometry((20, 600, 1, 1), (2, 2), (0, 0), (1, 1), 1), 3, (9, 8)),  # several blocks of channels
         (Geometry((300, 70, 3, 3), (2, 1), (1, 1), (1, 1), 1), 9, (40, 11)),  # several blocks of outputs in bands
         (Geometry((12, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1), 2, (61, 64)),  # more taps than a vector has floats
+        (Geometry((300, 150, 3, 3), (1, 1), (1, 1), (1, 1), 1), 9, (11, 15)),  # Winograd, several blocks of both
+        (Geometry((40, 33, 3, 3), (1, 1), (2, 0), (1, 1), 1), 2, (30, 31)),  # Winograd, unlike paddings
     ],
-    ids=["bands", "bare", "channels", "outputs", "taps"],
+    ids=["bands", "bare", "channels", "outputs", "taps", "winograd", "border"],
 )
 def test_large_maps_and_wide_layers_equal_the_grouped_convolution_in_float64(instructions, geometry, batch, size):
     given = tensors(geometry, batch, size, 3)
@@ -103,7 +116,7 @@ def test_large_maps_and_wide_layers_equal_the_grouped_convolution_in_float64(ins
 
 
 @pytest.mark.parametrize("size", [(7, 7), (30, 41)])
-@pytest.mark.parametrize("geometry", [DENSE, DEPTHWISE], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("geometry", [DENSE, WINOGRAD, DEPTHWISE], ids=["dense", "winograd", "depthwise"])
 def test_two_threads_compute_what_one_does(instructions, geometry, size):
     given, threads = tensors(geometry, 9, size, 4), torch.get_num_threads()
     found = []
