@@ -29,14 +29,15 @@ from dysurgery.errors import DysurgeryError, UsageError, did_you_mean
 from dysurgery.files import sync, write_text
 from dysurgery.nn import DynamicLayer, FusedNorm, folded, handler, temperature
 from dysurgery.nn.layer import BIAS_ADDED, WAS_DYNAMIC
+from dysurgery.nn.links import Link, connect, links_of
 from dysurgery.nn.norm import add_bias
 from dysurgery.rewrite import graft, graft_in_place, rewrite_graphs
 from dysurgery.source import Source, describe
 from dysurgery.weights import FetchError, hub_file, with_metadata
 
-FORMAT = 3
-"""Since 2: ``static``, ``biases`` and ``norms``; since 3: ``ways``."""
-READABLE = (1, 2, 3)
+FORMAT = 4
+"""Since 2: ``static``, ``biases`` and ``norms``; since 3: ``ways``; since 4: ``links``."""
+READABLE = (1, 2, 3, 4)
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -50,6 +51,7 @@ class Config:
         static: paths of the layers that were dynamic and are static again (:func:`dysurgery.freeze`).
         biases: paths of the layers, dynamic or static, that got a bias that their source does not have.
         norms: paths of the BatchNorms that such layers have taken in (:func:`dysurgery.fuse_bn`).
+        links: what such convolutions do beside, see :class:`dysurgery.nn.links.Link`.
         ways: path of each tuned layer -> situation -> way, see :func:`dysurgery.autotune`.
         graphs: path of each GraphModule ("" is the model) -> how it was traced; empty for a grafted model.
         tau: the temperature, for people to read; the tensors hold it.
@@ -64,6 +66,7 @@ class Config:
     static: list[str]
     biases: list[str]
     norms: list[str]
+    links: list[Link]
     ways: dict[str, dict[str, str]]
     graphs: dict[str, dict[str, Any]]
     tau: float | None
@@ -114,6 +117,7 @@ def save(
         static=[path for path, m in model.named_modules() if hasattr(m, WAS_DYNAMIC)],
         biases=[path for path, m in model.named_modules() if hasattr(m, BIAS_ADDED)],
         norms=[path for path, m in model.named_modules() if isinstance(m, FusedNorm)],
+        links=list(links_of(model)),
         ways=ways_of(model),
         graphs={
             path: m.meta["dysurgery"]
@@ -202,6 +206,8 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
         data |= {"static": [], "biases": [], "norms": []}
     if found < 3:
         data |= {"ways": {}}
+    if found < 4:
+        data |= {"links": []}
     try:
         size = data["input_size"]
         return Config(
@@ -210,6 +216,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
             static=[str(name) for name in data["static"]],
             biases=[str(name) for name in data["biases"]],
             norms=[str(name) for name in data["norms"]],
+            links=[Link(*link) for link in data["links"]],
             ways={str(name): dict(ways) for name, ways in data["ways"].items()},
             graphs=dict(data["graphs"]),
             tau=data["tau"],
@@ -358,8 +365,9 @@ def _with_layers(model: nn.Module, config: Config, folder: str | os.PathLike[str
     for path in config.biases:
         add_bias(model.get_submodule(path))
     model = graft_in_place(model, config.norms, lambda norm, path: FusedNorm(norm))[0]
-    check(config.ways)
+    check([*config.ways, *(path for link in config.links for path in link if path is not None)])
     try:
+        connect(model, config.links)
         set_ways(model, config.ways)
     except ValueError as error:
         raise DysurgeryError(f"{folder} is damaged: {error}") from error

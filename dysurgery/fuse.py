@@ -1,5 +1,8 @@
 """BatchNorm is folded into the convolution before it, static or dynamic: the same function in eval mode, fewer steps.
 
+A dynamic convolution is told too which activation follows, and which dynamic convolution after that, as compiled C can
+do their work while it has the output in registers (:mod:`dysurgery.nn.epilogue`).
+
 Where that may be done is read from the graphs of :mod:`dysurgery.trace`: the output of the convolution must go to that
 BatchNorm alone. The result is for inference: what the statistics of a batch would do in training is gone. (Weight norm
 and pruning, which :mod:`dysurgery.nn.fold` makes plain, are another matter.)
@@ -7,7 +10,7 @@ and pruning, which :mod:`dysurgery.nn.fold` makes plain, are another matter.)
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +19,10 @@ from torch import fx, nn
 from dysurgery.errors import DysurgeryError
 from dysurgery.example import Example, run, shadow
 from dysurgery.graph import join
-from dysurgery.nn import FusedNorm, duplicate
+from dysurgery.nn import FusedActivation, FusedNorm, duplicate
+from dysurgery.nn.conv import DynamicConvNd
+from dysurgery.nn.epilogue import ACTIVATIONS
+from dysurgery.nn.links import Link, connect
 from dysurgery.nn.norm import NORMS, absorb, layer_refusal, norm_refusal, scale_and_shift
 from dysurgery.rewrite import graft, graft_in_place
 from dysurgery.trace import ConvSite, trace
@@ -88,9 +94,12 @@ def fuse(model: nn.Module, example: Example, *, in_place: bool = False) -> Fusio
     folded, left = _pairs(model, example)
     with torch.inference_mode(False), torch.no_grad():
         result = _put_in(duplicate(model) if in_place else model, folded, in_place)
+        links = _links(result, example)
+        connect(result, links)
         absolute, relative, rounding = _differences(model, result, folded, example)
         if in_place:
             result = _put_in(model, folded, in_place)
+            connect(result, links)
     return Fusion(result, folded, left, absolute, relative, rounding)
 
 
@@ -187,6 +196,64 @@ def _misfit(norm: nn.Module, site: ConvSite) -> str | None:
     if len(shape) != len(site.weight_shape) or shape[1] != len(norm.get_buffer("running_mean")):
         return f"the layer before returns {'x'.join(map(str, shape))}, of which axis 1 is not its channels"
     return None
+
+
+def _links(model: nn.Module, example: Example) -> list[Link]:
+    """Return what follows each dynamic convolution whose output goes that way alone."""
+    if not any(isinstance(module, DynamicConvNd) for module in model.modules()):
+        return []
+    graph = trace(model, example)
+    layers = {site.path for site in graph.sites if len(site.calls) == 1 and _is_layer(model, site)}
+    links: dict[str, Link] = {}
+    for prefix, drawn in graph.graphs.items():
+        for node in drawn.graph.find_nodes(op="call_module"):
+            path = join(prefix, str(node.target))
+            act, reader = _next(model, prefix, node, layers) if path in layers else (None, None)
+            if act is not None or reader is not None:
+                links.setdefault(act or path, Link(path, act, reader))  # an activation can know one layer
+    return list(links.values())
+
+
+def _next(model: nn.Module, prefix: str, node: fx.Node, layers: Collection[str]) -> tuple[str | None, str | None]:
+    """Return the paths of the activation behind a layer and of the dynamic convolution behind that, or None."""
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    act = None
+    for following in _following(node):
+        path = join(prefix, str(following.target))
+        parts = _parts(model.get_submodule(path), path)
+        if any(part._forward_hooks or part._forward_pre_hooks or names[id(part)] > 1 for part in parts.values()):
+            break
+        if path in layers:
+            return act, path
+        for where, part in parts.items():
+            if type(part) in (nn.Identity, FusedNorm):
+                continue
+            if act is not None or type(part) not in (*ACTIVATIONS, FusedActivation):
+                return act, None
+            act = where
+    return act, None
+
+
+def _is_layer(model: nn.Module, site: ConvSite) -> bool:
+    return site.module == site.path and isinstance(model.get_submodule(site.path), DynamicConvNd)
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the modules that the output of ``node`` goes through, one after the other and nowhere else."""
+    while True:
+        (*others, following) = node.users or [None]
+        if others or following is None or following.op != "call_module" or following.args != (node,):
+            return
+        yield following
+        node = following
+
+
+def _parts(module: nn.Module, path: str) -> dict[str, nn.Module]:
+    """Return what ``module`` is made of, by path: itself, of a :class:`FusedNorm` its drop and activation too."""
+    parts = {path: module}
+    if isinstance(module, FusedNorm):
+        parts |= {join(path, name): child for name, child in module.named_children()}
+    return parts
 
 
 def _calls(model: nn.Module, example: Example) -> Counter[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dysurgery.errors import DysurgeryError, UsageError
-from dysurgery.nn import DynamicLayer, FusedNorm
+from dysurgery.nn import DynamicLayer, FusedActivation, FusedNorm
 from dysurgery.nn.layer import MARKS
 
 
@@ -126,7 +126,7 @@ def _same_tree(model: nn.Module, twin: nn.Module) -> bool:
 
 
 def _by_surgery(module: nn.Module) -> bool:
-    return isinstance(module, DynamicLayer | FusedNorm) or any(name in vars(module) for name in MARKS)
+    return isinstance(module, DynamicLayer | FusedNorm | FusedActivation) or any(name in vars(module) for name in MARKS)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

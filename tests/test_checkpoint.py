@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import dysurgery
 from dysurgery import checkpoint, models
+from dysurgery.nn import FusedActivation
+from dysurgery.nn.links import links_of
 from dysurgery.source import Source
 
 IMAGE = (1, 3, 32, 32)
@@ -141,12 +143,14 @@ def test_a_wrong_model_is_refused(dynamic, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "unknown"), [(1, {"static", "biases", "norms", "ways"}), (2, {"ways"})], ids=["1", "2"]
+    ("number", "unknown"),
+    [(1, {"static", "biases", "norms", "ways", "links"}), (2, {"ways", "links"}), (3, {"links"})],
+    ids=["1", "2", "3"],
 )
 def test_a_folder_of_an_older_format_still_loads(dynamic, tmp_path, number, unknown):
     folder = dysurgery.save(dynamic, tmp_path / "saved")
     config = json.loads((folder / "config.json").read_text())
-    assert config["format"] == 3
+    assert config["format"] == 4
     old = {key: value for key, value in config.items() if key not in unknown} | {"format": number}
     (folder / "config.json").write_text(json.dumps(old))
     x = torch.randn(2, *IMAGE[1:])
@@ -164,10 +168,13 @@ def test_what_was_folded_and_frozen_is_in_the_config_and_comes_back(dynamic, tmp
     assert "layer1.0.conv2" not in config["layers"]
     assert {"layer1.0.bn1", "layer1.0.bn2"} <= set(config["norms"])
     assert {"conv1.0", "layer1.0.conv1", "layer1.0.conv2"} <= set(config["biases"])
+    assert ["layer2.0.conv1", "layer2.0.act1", "layer2.0.conv2"] in config["links"]
     x = torch.randn(2, *IMAGE[1:])
     loaded = dysurgery.load(folder)
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
     assert list(loaded.state_dict()) == list(model.state_dict())
+    assert links_of(loaded) == links_of(model)
+    assert type(loaded.get_submodule("layer2.0.act1")) is FusedActivation
     # Wrapped in another module, what was done to it is at other paths.
     wrapped = nn.Sequential(nn.Identity(), loaded)
     static = nn.Sequential(nn.Identity(), timm.create_model("resnet10t", num_classes=7))

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import StdConv2d
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 import dysurgery
 from dysurgery.errors import DysurgeryError
 from dysurgery.fuse import fuse
-from dysurgery.nn import DynamicConv2d, DynamicLayer, FusedNorm
+from dysurgery.nn import DynamicConv2d, DynamicLayer, FusedActivation, FusedNorm
+from dysurgery.nn.links import Link, links_of
 
 IMAGE = torch.randn(1, 3, 64, 64, dtype=torch.float64)
 # Network -> how many BatchNorms it has, and how many of them follow no convolution.
@@ -64,6 +66,89 @@ def test_timm_models_compute_what_they_did_without_their_norms(name, converted):
     assert done.relative_diff < 1e-12
     assert type(done.model) is type(model)
     assert not done.model.training
+
+
+@pytest.mark.parametrize(
+    ("build", "some", "count"),
+    [
+        (
+            lambda: timm.create_model("mobilenetv3_small_050"),
+            # Behind squeeze and excitation the mean is another.
+            {Link("blocks.1.1.conv_pw", "blocks.1.1.bn1.act", "blocks.1.1.conv_dw")},
+            22,
+        ),
+        (
+            lambda: timm.create_model("test_resnet"),
+            {Link("layer1.0.conv1", "layer1.0.act1", "layer1.0.conv2")},
+            7,
+        ),
+        (
+            lambda: torchvision.models.mobilenet_v2(),
+            {Link("features.3.conv.0.0", "features.3.conv.0.2", "features.3.conv.1.0")},
+            34,
+        ),
+        (
+            lambda: torchvision.models.resnet18(),
+            {Link("layer1.0.conv1", "layer1.0.relu", "layer1.0.conv2")},  # which is called behind the sum too
+            8,
+        ),
+    ],
+    ids=["mobilenetv3_small_050", "test_resnet", "torchvision mobilenet_v2", "torchvision resnet18"],
+)
+def test_what_follows_a_layer_is_done_in_its_call_and_is_the_same(build, some, count):
+    torch.manual_seed(0)
+    example = torch.randn(1, 3, 64, 64)
+    model = dynamic(build(), IMAGE).float()
+    folded = fuse(model, example).model
+    links = links_of(folded)
+    assert some <= set(links)
+    assert sum(link.activation is not None for link in links) == count
+    x = torch.randn(3, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+        for run in (folded, fuse(folded, example).model, folded.to(memory_format=torch.channels_last)):
+            assert (run(x).double() - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+class Followed(nn.Module):
+    """A dynamic convolution, an activation and another one, and what else may happen to their outputs."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.act, self.second, self.how = nn.Conv2d(16, 16, 1), nn.Hardswish(), nn.Conv2d(16, 16, 1), how
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.act(y)
+        if self.how == "twice":
+            z = self.act(z - 0.5)
+        if self.how in ("before", "behind"):
+            return self.second(z) + (y if self.how == "before" else z)
+        z = self.second(z)
+        return self.act(z) if self.how == "again" else z
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("plain", [Link("first", "act", "second")]),
+        ("behind", [Link("first", "act", None)]),
+        ("before", []),
+        ("twice", [Link("first", "act", None)]),
+        ("again", [Link("first", "act", "second")]),
+        ("hooked", []),
+    ],
+)
+def test_what_else_sees_an_output_keeps_it_as_it_is(how, expected):
+    model = dysurgery.convert(Followed(how).eval(), torch.randn(1, 16, 8, 8), layers="all")
+    if how == "hooked":
+        model.act.register_forward_pre_hook(lambda module, args: None)
+    done = fuse(model, torch.randn(1, 16, 8, 8)).model
+    assert list(links_of(done)) == expected
+    assert (type(done.act) is FusedActivation) == bool(expected)
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(done(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_original_is_left_alone_and_in_place_changes_it():

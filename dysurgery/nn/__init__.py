@@ -4,7 +4,7 @@ A static layer comes in through :mod:`handlers` (is there a counterpart?), :mod:
 and :meth:`DynamicLayer.from_static`, which fills a :mod:`bank` of K kernels and makes a gate (:mod:`attention`).
 At run time the layer pools its input, asks the gate for pi, and :mod:`execution` chooses the way to convolve each
 sample with its own mix. The way back: :meth:`DynamicLayer.to_static` is one layer with one kernel, and :mod:`norm` puts
-a BatchNorm into the bank before it.
+a BatchNorm into the bank before it. What comes after a convolution it may do itself, if it is told (:mod:`links`).
 """
 
 from dysurgery.nn.attention import GATES, Gate, SigmoidGate, SoftmaxGate
@@ -18,6 +18,7 @@ from dysurgery.nn.conv import (
     DynamicConvTranspose3d,
 )
 from dysurgery.nn.copying import duplicate
+from dysurgery.nn.epilogue import FusedActivation
 from dysurgery.nn.fold import folded
 from dysurgery.nn.handlers import HANDLERS, handler, refusal
 from dysurgery.nn.layer import DynamicLayer
@@ -49,6 +50,7 @@ __all__ = [
     "DynamicScaledStdConv2dSame",
     "DynamicStdConv2d",
     "DynamicStdConv2dSame",
+    "FusedActivation",
     "FusedNorm",
     "Gate",
     "SigmoidGate",

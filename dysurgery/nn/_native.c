@@ -18,6 +18,7 @@
 #define RUN 64      /* columns of the bank that are gathered at a time */
 #define MAX_ROWS 64 /* rows of the bank that are fetched ahead */
 #define SAMPLES 8   /* mixed together from one pass over the bank */
+#define LARGE_MAP (256 << 10) /* floats of y that do not stay in a cache */
 #define COLUMNS 288 /* weights of an output channel whose gradients are computed together, about */
 #define PATCHES (256 << 10) /* floats of the patches of all samples, at most; else of BAND positions */
 #define BAND 128 /* positions of a band */
@@ -26,6 +27,14 @@
 
 struct conv {
     int B, K, H, W, Cin, Ho, Wo, Cout, kh, kw, sh, sw, ph, pw, dh, dw, groups;
+};
+
+/* What is done to y while it is in registers: an activation, and its mean over the positions, (B, Cout), or NULL. Within a
+ * block of channels `sums` are those of one sample that are being added up. */
+enum { RELU = 1, RELU6, HARDSWISH, SILU };
+struct after {
+    int activation;
+    float *sums;
 };
 
 /* Positions in rows and columns, where they are in x (in positions) and in y (in floats, from `y` on), and their taps:
@@ -122,10 +131,10 @@ static int pad(struct padded *a, const float *x, int B, int H, int W, int C, str
 static int before(int reach, int stride) { return reach > 0 ? (reach + stride - 1) / stride : 0; }
 
 /* Samples of a chunk: as many as are mixed together, fewer if threads would be idle. */
-static int share(int B, int blocks, int threads)
+static int share(int B, int together, int blocks, int threads)
 {
     int parts = blocks >= threads ? 1 : (threads + blocks - 1) / blocks, chunk = (B + parts - 1) / parts;
-    return chunk < SAMPLES ? (chunk < 1 ? 1 : chunk) : SAMPLES;
+    return chunk < together ? (chunk < 1 ? 1 : chunk) : together;
 }
 
 /* The rows of one sample's map with zeros left and right, the last few of them. */
@@ -211,7 +220,7 @@ END
 
 static const struct set {
     const char *name;
-    int (*forward)(const struct conv *, float *, const float *, const float *, const float *, const float *, int);
+    int (*forward)(const struct conv *, float *, const float *, const float *, const float *, const float *, struct after, int);
     int (*input_gradient)(const struct conv *, float *, const float *, const float *, const float *, int);
     int (*weight_gradients)(const struct conv *, float *, float *, const float *, const float *, const float *,
                             const float *, int);
@@ -258,7 +267,7 @@ static PyObject *py_forward(PyObject *self, PyObject *args)
     (void)self;
     if (!PyArg_ParseTuple(args, "KKKKK" CONV "i", &y, &x, &pi, &bank, &bias, FIELDS(c), &threads)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    ok = used->forward(&c, AT(y), AT(x), AT(pi), AT(bank), AT(bias), threads);
+    ok = used->forward(&c, AT(y), AT(x), AT(pi), AT(bank), AT(bias), (struct after){0}, threads);
     Py_END_ALLOW_THREADS
     return ended(ok);
 }
@@ -323,21 +332,22 @@ static int gate(float *pi, const float *x, const float *const *fc, float tau, in
     return 1;
 }
 
-/* A dense or depthwise layer whole: pooling, gate, mixing of the biases, convolution. */
-static int layer(const struct conv *c, float *y, const float *x, const float *const *fc, float tau, const float *bank,
-                 const float *bias_bank, int hidden, int sigmoid, int threads)
+/* A dense or depthwise layer whole: pooling, unless the mean of x is there, gate, mixing of the biases, convolution. */
+static int layer(const struct conv *c, float *y, const float *x, const float *mean, const float *const *fc, float tau,
+                 const float *bank, const float *bias_bank, struct after after, int hidden, int sigmoid, int threads)
 {
     int B = c->B, K = c->K, C = c->Cin, Cout = c->Cout;
-    float *mean = room((size_t)B * (C + K + Cout)), *pi = mean + (size_t)B * C, *bias = bias_bank ? pi + (size_t)B * K : NULL;
-    int ok = mean && used->pool(mean, x, B, c->H, c->W, C, threads) && gate(pi, mean, fc, tau, B, C, hidden, K, sigmoid);
+    float *pooled = room((size_t)B * (C + K + Cout)), *pi = pooled + (size_t)B * C, *bias = bias_bank ? pi + (size_t)B * K : NULL;
+    int ok = pooled && (mean || used->pool(pooled, x, B, c->H, c->W, C, threads))
+        && gate(pi, mean ? mean : pooled, fc, tau, B, C, hidden, K, sigmoid);
     for (int b = 0; ok && bias && b < B; b++) {
         float *to = bias + (size_t)b * Cout, *p = pi + (size_t)b * K;
         for (int o = 0; o < Cout; o++) to[o] = p[0] * bias_bank[o];
         for (int k = 1; k < K; k++)
             for (int o = 0; o < Cout; o++) to[o] += p[k] * bias_bank[(size_t)k * Cout + o];
     }
-    ok = ok && used->forward(c, y, x, pi, bank, bias, threads);
-    leave(mean);
+    ok = ok && used->forward(c, y, x, pi, bank, bias, after, threads);
+    leave(pooled);
     return ok;
 }
 
@@ -359,15 +369,17 @@ static PyObject *py_gate(PyObject *self, PyObject *args)
 
 static PyObject *py_layer(PyObject *self, PyObject *args)
 {
-    address y, x, fc[4], tau, bank, bias_bank;
+    address y, x, mean, fc[4], tau, bank, bias_bank, mean_of_y;
     struct conv c;
-    int hidden, sigmoid, threads, ok;
+    int activation, hidden, sigmoid, threads, ok;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KK(KKKKK)KK" CONV "iii", &y, &x, GATE, &bank, &bias_bank, FIELDS(c), &hidden, &sigmoid, &threads))
+    if (!PyArg_ParseTuple(args, "KKK(KKKKK)KK" CONV "iKiii", &y, &x, &mean, GATE, &bank, &bias_bank, FIELDS(c), &activation, &mean_of_y,
+                          &hidden, &sigmoid, &threads))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     const float *const at[4] = FC;
-    ok = layer(&c, AT(y), AT(x), at, *AT(tau), AT(bank), AT(bias_bank), hidden, sigmoid, threads);
+    ok = layer(&c, AT(y), AT(x), AT(mean), at, *AT(tau), AT(bank), AT(bias_bank), (struct after){activation, AT(mean_of_y)},
+               hidden, sigmoid, threads);
     Py_END_ALLOW_THREADS
     return ended(ok);
 }
@@ -407,7 +419,8 @@ static PyMethodDef methods[] = {
     {"pool", py_pool, METH_VARARGS, "pool(mean, x, B, H, W, C, threads)"},
     {"gate", py_gate, METH_VARARGS, "gate(pi, x, (weight 1, bias 1, weight 2, bias 2, tau), B, C, hidden, K, sigmoid)"},
     {"layer", py_layer, METH_VARARGS,
-     "layer(y, x, (weight 1, bias 1, weight 2, bias 2, tau), bank, bias bank or 0, conv, hidden, sigmoid, threads)"},
+     "layer(y, x, mean of x or 0, (weight 1, bias 1, weight 2, bias 2, tau), bank, bias bank or 0, conv, activation, "
+     "mean of y or 0, hidden, sigmoid, threads)"},
     {"names", py_names, METH_NOARGS, "names() of the instruction sets of this machine, the best first"},
     {"use", py_use, METH_VARARGS, "use(name) of an instruction set"},
     {NULL, NULL, 0, NULL},

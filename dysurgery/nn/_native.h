@@ -18,6 +18,8 @@
 #define vec NAME(vec)
 
 typedef float vec __attribute__((vector_size(V * sizeof(float)), aligned(4), may_alias));
+typedef int NAME(ints) __attribute__((vector_size(V * sizeof(int)), aligned(4), may_alias));
+#define ints NAME(ints)
 
 #define LOAD(p) (*(const vec *)(p))
 #define STORE(p, v) (*(vec *)(p) = (v))
@@ -30,6 +32,37 @@ INLINE float NAME(sum)(vec a)
     float total = 0;
     for (int i = 0; i < V; i++) total += a[i];
     return total;
+}
+
+/* Where `which` is all ones a, where it is all zeros b. */
+INLINE vec NAME(select)(ints which, vec a, vec b) { return (vec)(((ints)a & which) | ((ints)b & ~which)); }
+INLINE vec NAME(at_least)(vec a, float low) { return NAME(select)(a < splat(low), splat(low), a); } /* NaN stays */
+INLINE vec NAME(at_most)(vec a, float high) { return NAME(select)(a > splat(high), splat(high), a); }
+
+/* e^a to 2 units in the last place, from -87 to 88: 2^n e^r with |r| <= log(2) / 2 (the polynomial is that of Cephes). */
+INLINE vec NAME(exponential)(vec a)
+{
+    vec n = a * splat(1.44269504f) + splat(12582912.0f); /* 1.5 * 2^23, which leaves n in the last bits, rounded */
+    ints power = ((ints)n - (ints)splat(12582912.0f) + 127) << 23;
+    n -= splat(12582912.0f);
+    vec r = a - n * splat(0.693359375f) + n * splat(2.12194440e-4f), p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    return (p * r * r + r + splat(1.0f)) * (vec)power;
+}
+
+INLINE vec NAME(activated)(vec a, int activation)
+{
+    switch (activation) {
+    case RELU: return NAME(at_least)(a, 0);
+    case RELU6: return NAME(at_most)(NAME(at_least)(a, 0), 6);
+    case HARDSWISH: return a * NAME(at_most)(NAME(at_least)(a + splat(3), 0), 6) * splat(1 / 6.0f);
+    case SILU: a = NAME(at_least)(a, -87); return a / (splat(1) + NAME(exponential)(NAME(at_least)(-a, -87)));
+    default: return a;
+    }
 }
 
 /* One step of the transposition of V vectors: exchange the blocks of d columns above and below the diagonal. */
@@ -201,9 +234,10 @@ static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t
     }
 }
 
-/* y[m] (NR columns) = what it was, or first, + sum over taps and channels of x[m][off[tap] * step + channel] * panel row. */
+/* y[m] (NR columns) = what it was, or first, + sum over taps and channels of x[m][off[tap] * step + channel] * panel row,
+ * and then what comes after. */
 INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *first, const float *const *x, int step, int taps,
-                       const int *off, const int *which, int cn, const float *panel)
+                       const int *off, const int *which, int cn, const float *panel, const struct after *after)
 {
     vec acc[MR][NV];
 #pragma GCC unroll 16
@@ -225,6 +259,19 @@ INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *f
             }
         }
     }
+    if (after && after->activation)
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+            for (int v = 0; v < N; v++) acc[m][v] = NAME(activated)(acc[m][v], after->activation);
+    if (after && after->sums)
+#pragma GCC unroll 2
+        for (int v = 0; v < N; v++) {
+            vec sum = acc[0][v];
+#pragma GCC unroll 16
+            for (int m = 1; m < M; m++) sum += acc[m][v];
+            STORE(after->sums + v * V, LOAD(after->sums + v * V) + sum);
+        }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
@@ -233,12 +280,12 @@ INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *f
 
 /* The same for any number of positions up to MR, and of columns up to NR. */
 static void NAME(any_tile)(int M, int on, float *const *y, const float *first, const float *const *x, int step, int taps,
-                           const int *off, const int *which, int cn, const float *panel)
+                           const int *off, const int *which, int cn, const float *panel, const struct after *after)
 {
     switch (M) {
 #define CASE(M) case M: \
-        if (on > V) NAME(tile)(M, NV, y, first, x, step, taps, off, which, cn, panel); \
-        else NAME(tile)(M, 1, y, first, x, step, taps, off, which, cn, panel); \
+        if (on > V) NAME(tile)(M, NV, y, first, x, step, taps, off, which, cn, panel, after); \
+        else NAME(tile)(M, 1, y, first, x, step, taps, off, which, cn, panel, after); \
         break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MR > 6
@@ -248,9 +295,9 @@ static void NAME(any_tile)(int M, int on, float *const *y, const float *first, c
     }
 }
 
-/* Multiply one sample by its panel at all positions of the grid; on <= NR columns of y are there. */
+/* Multiply one sample at all positions of the grid by the panels of on columns of y, which are `apart`. */
 static void NAME(multiply)(const struct grid *g, float *y, int on, const float *first, const float *x, int step, int cn,
-                           const float *panel)
+                           const float *panels, size_t apart, const struct after *after)
 {
     int count = g->rows * g->columns, tiles = (count + MR - 1) / MR;
     for (int i = 0; i < tiles; i++) {
@@ -261,35 +308,41 @@ static void NAME(multiply)(const struct grid *g, float *y, int on, const float *
             if (q == g->columns) q = 0, r++;
             from[m] = x + (r * g->x_row + q * g->x_column) * step;
             to[m] = target[m] = y + r * g->y_row + q * g->y_column;
-            if (on < NR) {
-                to[m] = edge + m * NR;
-                if (!first) memcpy(to[m], target[m], sizeof(float) * on);
-            }
         }
-        NAME(any_tile)(M, on, to, first, from, step, g->taps, g->off, g->which, cn, panel);
-        if (on < NR)
-            for (int m = 0; m < M; m++) memcpy(target[m], to[m], sizeof(float) * on);
+        for (int o = 0; o < on; o += NR) {
+            int have = on - o < NR ? on - o : NR;
+            struct after here = {after ? after->activation : 0, after && after->sums ? after->sums + o : NULL};
+            for (int m = 0; m < M && have < NR; m++) {
+                to[m] = edge + m * NR;
+                if (!first) memcpy(to[m], target[m], sizeof(float) * have);
+            }
+            NAME(any_tile)(M, have, to, first ? first + o : NULL, from, step, g->taps, g->off, g->which, cn,
+                           panels + o / NR * apart, after ? &here : NULL);
+            for (int m = 0; m < M && have < NR; m++) memcpy(target[m], to[m], sizeof(float) * have);
+            for (int m = 0; m < M; m++) to[m] = target[m] += NR;
+        }
     }
 }
 
 #include "_winograd.h"
 
-/* The output channels (or, towards the input, the input channels) o0 .. o0 + on for S samples: one block of NR, or by
- * Winograd several. ``outputs`` of them are there in all, ``inner`` channels are summed over, and ``grids`` tell where. */
+/* The output channels (or, towards the input, the input channels) o0 .. o0 + on, in blocks of NR, for S samples.
+ * ``outputs`` of them are there in all, ``inner`` channels are summed over, and ``grids`` tell where. */
 static int NAME(dense)(const struct conv *c, int backward, int grids, const struct grid *g, float *y, size_t y_sample,
-                       const struct padded *x, const float *pi, const float *bank, const float *bias, int s0, int S, int o0,
-                       int on)
+                       const struct padded *x, const float *pi, const float *bank, const float *bias, struct after after, int s0,
+                       int S, int o0, int on)
 {
     int T = c->kh * c->kw, inner = backward ? c->Cout : c->Cin, outputs = backward ? c->Cin : c->Cout;
     int most = x->block, blocks = (on + NR - 1) / NR;
     size_t panel = (size_t)(most + 1) * (g->winograd ? SLOTS : T) * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
     size_t tiles = g->winograd ? (size_t)SLOTS * TILES * most : 0, sums = g->winograd ? SLOTS * TILES * NR : 0;
     float *panels = room(panel * S * blocks + gathered + tiles + sums), *scratch = panels + panel * S * blocks;
-    float first[blocks * NR];
+    float first[blocks * NR], sums_of_y[blocks * NR], *mean = after.sums, scale = 1.0f / ((float)c->Ho * c->Wo);
     if (!panels) return 0;
     memset(first, 0, sizeof first);
+    if (mean) after.sums = sums_of_y;
     for (int c0 = 0; c0 < inner; c0 += most) {
-        int cn = inner - c0 < most ? inner - c0 : most, step = x->copy ? cn : inner;
+        int cn = inner - c0 < most ? inner - c0 : most, step = x->copy ? cn : inner, last = c0 + cn == inner;
         for (int i = 0; i < blocks; i++) {
             int o = o0 + i * NR, n = on - i * NR < NR ? on - i * NR : NR;
             float *to = panels + panel * S * i;
@@ -301,12 +354,15 @@ static int NAME(dense)(const struct conv *c, int backward, int grids, const stru
             float *to = y + (s0 + s) * y_sample + o0;
             const float *from = x->x + (s0 + s) * x->sample + (x->copy ? (size_t)c0 * x->positions : (size_t)c0);
             if (bias) memcpy(first, bias + (size_t)(s0 + s) * outputs + o0, sizeof(float) * on);
+            if (last && mean) memset(sums_of_y, 0, sizeof sums_of_y);
             if (g->winograd)
                 NAME(multiply_tiles)(g, to, on, c0 ? NULL : first, from, step, cn, panels + panel * s, panel * S,
-                                     scratch + gathered, scratch + gathered + tiles);
+                                     scratch + gathered, scratch + gathered + tiles, last ? &after : NULL);
             else
                 for (int i = 0; i < grids; i++)
-                    NAME(multiply)(&g[i], to + g[i].y, on, c0 ? NULL : first, from, step, cn, panels + panel * s);
+                    NAME(multiply)(&g[i], to + g[i].y, on, c0 ? NULL : first, from, step, cn, panels + panel * s, panel * S,
+                                   last ? &after : NULL);
+            for (int o = 0; last && mean && o < on; o++) mean[(size_t)(s0 + s) * outputs + o0 + o] = sums_of_y[o] * scale;
         }
     }
     leave(panels);
@@ -574,20 +630,45 @@ static void NAME(depthwise_gather)(const struct conv *c, float *to, const float 
                 for (int i = 0; i < V; i++) *to++ = bank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t];
 }
 
-/* n positions of one row: y = first + sum over a (rows) x b (columns) taps. */
+/* n positions of one row, `y_step` and `x_step` apart: y = first + sum over a (rows) x b (columns) taps, and then what comes
+ * after; `sums` are added up. The few taps stay in registers. */
 INLINE void NAME(line)(const int A, const int B, float *y, ptrdiff_t y_step, const float *const *x, const int *shift,
-                       ptrdiff_t x_step, const float *const *w, int n, const float *first)
+                       ptrdiff_t x_step, const vec *taps, int n, vec first, int activation, vec *sums)
 {
-    vec start = {0}, weight[A * B];
-    if (first) start = LOAD(first);
-    for (int t = 0; t < A * B; t++) weight[t] = LOAD(w[t]);
+    vec total = *sums, weight[A * B];
+    for (int t = 0; t < A * B; t++) weight[t] = taps[t];
     for (int i = 0; i < n; i++) {
-        vec acc = start;
+        vec acc = first;
 #pragma GCC unroll 8
         for (int a = 0; a < A; a++)
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) acc += LOAD(x[a] + shift[b] + i * x_step) * weight[a * B + b];
+        acc = NAME(activated)(acc, activation);
+        total += acc;
         STORE(y + i * y_step, acc);
+    }
+    *sums = total;
+}
+
+/* The same for P positions, which stay in registers, and many taps. */
+INLINE void NAME(piece)(const int P, int A, int B, float *y, ptrdiff_t y_step, const float *const *x, ptrdiff_t at,
+                        const int *shift, ptrdiff_t x_step, const vec *taps, vec first, int activation, vec *sums)
+{
+    vec acc[P];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) acc[p] = first;
+    for (int a = 0; a < A; a++)
+        for (int b = 0; b < B; b++) {
+            const float *from = x[a] + at + shift[b];
+            vec weight = taps[a * B + b];
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) acc[p] += weight * LOAD(from + p * x_step);
+        }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+        acc[p] = NAME(activated)(acc[p], activation);
+        *sums += acc[p];
+        STORE(y + p * y_step, acc[p]);
     }
 }
 
@@ -609,12 +690,14 @@ INLINE void NAME(cross)(const int A, const int B, float *gw, const float *gy, pt
 
 /* One sample: y from x (backward: 0), gx from gy (y = gx, x = gy, backward: 1). */
 static int NAME(depthwise)(const struct conv *c, int backward, float *y, const float *x, const float *weights,
-                           const float *bias)
+                           const float *bias, struct after after)
 {
     int C = c->Cin, T = c->kh * c->kw, blocks = NAME(blocks)(c);
     int out_rows = backward ? c->H : c->Ho, step_h = backward ? c->sh : 1, step_w = backward ? c->sw : 1;
     struct rows rows;
+    vec sums[blocks];
     if (!rows_of(&rows, c, backward, x)) return 0;
+    memset(sums, 0, sizeof sums);
     for (int r = 0; r < out_rows; r++) {
         /* The taps that reach this row, and the rows of x that they reach. */
         int A = 0, ky[c->kh];
@@ -638,21 +721,34 @@ static int NAME(depthwise)(const struct conv *c, int backward, float *y, const f
             if (n <= 0) continue;
             for (int b = 0; b < blocks; b++) {
                 int channel = NAME(channel)(c, b);
-                const float *w[T + 1], *at[c->kh], *first = bias ? bias + channel : NULL;
+                const float *at[c->kh];
+                vec taps[T], first = bias ? LOAD(bias + channel) : (vec){0}, total = sums[b];
                 for (int i = 0; i < A; i++) {
                     at[i] = from[i] + channel;
-                    for (int j = 0; j < B; j++) w[i * B + j] = weights + ((size_t)b * T + ky[i] * c->kw + kx[j]) * V;
+                    for (int j = 0; j < B; j++) taps[i * B + j] = LOAD(weights + ((size_t)b * T + ky[i] * c->kw + kx[j]) * V);
                 }
                 float *to = y + (size_t)r * width * C + (size_t)phase * C + channel;
                 switch (A * 8 + B) {
-#define CASE(A, B) case A * 8 + B: NAME(line)(A, B, to, y_step, at, shift, x_step, w, n, first); break;
-                CASE(3, 3) CASE(5, 5) CASE(2, 2) CASE(2, 1) CASE(1, 2) CASE(1, 1) CASE(3, 2) CASE(2, 3)
+#define CASE(A, B) case A * 8 + B: NAME(line)(A, B, to, y_step, at, shift, x_step, taps, n, first, after.activation, &total); break;
+                CASE(3, 3) CASE(2, 2) CASE(2, 1) CASE(1, 2) CASE(1, 1) CASE(3, 2) CASE(2, 3)
 #undef CASE
-                default: NAME(line)(A, B, to, y_step, at, shift, x_step, w, n, first);
+                default:
+                    for (int i = 0, p = 0, pieces = (n + 7) / 8; i < pieces; i++) {
+                        int P = n * (i + 1) / pieces - p;
+                        switch (P) {
+#define CASE(P) case P: NAME(piece)(P, A, B, to + p * y_step, y_step, at, p * x_step, shift, x_step, taps, first, after.activation, &total); break;
+                        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+                        }
+                        p += P;
+                    }
                 }
+                sums[b] = total;
             }
         }
     }
+    for (int b = 0; after.sums && b < blocks; b++)
+        STORE(after.sums + NAME(channel)(c, b), sums[b] * splat(1.0f / ((float)c->Ho * c->Wo)));
     rows_end(&rows);
     return 1;
 }
@@ -688,7 +784,7 @@ static int NAME(depthwise_weights)(const struct conv *c, float *gw, const float 
 
 /* All samples: y from x (backward: 0), gx from gy (backward: 1), in parallel. */
 static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y, const float *x, const float *pi,
-                                   const float *bank, const float *bias, int threads)
+                                   const float *bank, const float *bias, struct after after, int threads)
 {
     size_t size = (size_t)NAME(blocks)(c) * c->kh * c->kw * V;
     size_t in = (size_t)c->H * c->W * c->Cin, out = (size_t)c->Ho * c->Wo * c->Cin;
@@ -701,8 +797,9 @@ static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y,
         float *mixed = room(size);
         for (size_t v = 0; mixed && v < size; v += V)
             STORE(mixed + v, NAME(mixed)(pi + b * c->K, c->K, gathered + v, size));
+        struct after here = {after.activation, after.sums ? after.sums + (size_t)b * c->Cin : NULL};
         ok = mixed && NAME(depthwise)(c, backward, y + b * (backward ? in : out), x + b * (backward ? out : in), mixed,
-                                      bias ? bias + (size_t)b * c->Cin : NULL) && ok;
+                                      bias ? bias + (size_t)b * c->Cin : NULL, here) && ok;
         leave(mixed);
     }
     leave(gathered);
@@ -711,27 +808,29 @@ static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y,
 
 /* The same of a dense convolution, whose x is padded by border: blocks of NR channels and chunks of samples in parallel. */
 static int NAME(dense_samples)(const struct conv *c, int backward, int grids, const struct grid *g, struct border border, float *y,
-                               const float *x, const float *pi, const float *bank, const float *bias, int threads)
+                               const float *x, const float *pi, const float *bank, const float *bias, struct after after,
+                               int threads)
 {
     int T = c->kh * c->kw, H = backward ? c->Ho : c->H, W = backward ? c->Wo : c->W, C = backward ? c->Cout : c->Cin;
     size_t y_sample = backward ? (size_t)c->H * c->W * c->Cin : (size_t)c->Ho * c->Wo * c->Cout;
     int outputs = backward ? c->Cin : c->Cout, blocks = (outputs + NR - 1) / NR, most = PANEL / T < 1 ? 1 : PANEL / T, ok = 1;
-    int group = SAMPLES * ((threads + blocks - 1) / blocks);
+    /* Where panels are small, or by Winograd those of fewer samples, several blocks of outputs share what is done to x, and
+     * write a large map in one pass. */
+    int rows = (most < C ? most : C) * T, together = g->winograd ? SAMPLES / WIDE : SAMPLES;
+    int group = together * ((threads + blocks - 1) / blocks);
     for (int b = 0; b < c->B && ok; b += group) {
-        int n = c->B - b < group ? c->B - b : group, chunk = share(n, blocks, threads), wide = 1;
-        if (g->winograd) { /* several blocks from each transformation of x, as long as threads have enough to do */
-            chunk = chunk < SAMPLES / WIDE ? chunk : SAMPLES / WIDE;
-            wide = SAMPLES / chunk;
-            while (wide > 1 && (n + chunk - 1) / chunk * ((blocks + wide - 1) / wide) < threads) wide--;
-        }
+        int n = c->B - b < group ? c->B - b : group, chunk = share(n, together, blocks, threads);
+        int wide = g->winograd ? SAMPLES / chunk : y_sample > LARGE_MAP ? SAMPLES * PANEL / (rows * chunk) : 1;
+        while (wide > 1 && (n + chunk - 1) / chunk * ((blocks + wide - 1) / wide) < threads) wide--;
         int chunks = (n + chunk - 1) / chunk, parts = (blocks + wide - 1) / wide;
         struct padded a;
         if (!pad(&a, x + (size_t)b * H * W * C, n, H, W, C, border, most < C ? most : C, threads)) return 0;
 #pragma omp parallel for num_threads(threads) reduction(&& : ok)
         for (int i = 0; i < chunks * parts; i++) {
             int s0 = i / parts * chunk, S = n - s0 < chunk ? n - s0 : chunk, o0 = i % parts * wide * NR;
+            struct after here = {after.activation, after.sums ? after.sums + (size_t)b * outputs : NULL};
             ok = NAME(dense)(c, backward, grids, g, y + b * y_sample, y_sample, &a, pi + b * c->K, bank,
-                             bias ? bias + (size_t)b * c->Cout : NULL, s0, S, o0,
+                             bias ? bias + (size_t)b * c->Cout : NULL, here, s0, S, o0,
                              outputs - o0 < wide * NR ? outputs - o0 : wide * NR) && ok;
         }
         leave(a.copy);
@@ -740,10 +839,10 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
 }
 
 static int NAME(forward)(const struct conv *c, float *y, const float *x, const float *pi, const float *bank,
-                         const float *bias, int threads)
+                         const float *bias, struct after after, int threads)
 {
     int T = c->kh * c->kw, off[T], which[T], winograd = NAME(takes_winograd)(c, 0);
-    if (c->groups > 1) return NAME(depthwise_samples)(c, 0, y, x, pi, bank, bias, threads);
+    if (c->groups > 1) return NAME(depthwise_samples)(c, 0, y, x, pi, bank, bias, after, threads);
     struct border border = {c->ph, c->ph + (winograd && c->Ho % 2), c->pw, c->pw + (winograd && c->Wo % 2)};
     int W = border.left + c->W + border.right;
     for (int t = 0; t < T; t++) {
@@ -751,14 +850,14 @@ static int NAME(forward)(const struct conv *c, float *y, const float *x, const f
         which[t] = t;
     }
     struct grid g = {c->Ho, c->Wo, T, off, which, winograd, 0, (ptrdiff_t)c->sh * W, c->sw, (ptrdiff_t)c->Wo * c->Cout, c->Cout};
-    return NAME(dense_samples)(c, 0, 1, &g, border, y, x, pi, bank, bias, threads);
+    return NAME(dense_samples)(c, 0, 1, &g, border, y, x, pi, bank, bias, after, threads);
 }
 
 static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy, const float *pi, const float *bank,
                                 int threads)
 {
     int T = c->kh * c->kw;
-    if (c->groups > 1) return NAME(depthwise_samples)(c, 1, gx, gy, pi, bank, NULL, threads);
+    if (c->groups > 1) return NAME(depthwise_samples)(c, 1, gx, gy, pi, bank, NULL, (struct after){0}, threads);
     /* A convolution of gy for each phase of the stride, with the taps that reach it. */
     int phases = c->sh * c->sw, off[phases][T], which[phases][T], grids = 0;
     int bottom = (c->H - 1 + c->ph) / c->sh - (c->Ho - 1), right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
@@ -783,7 +882,7 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
                                  (ptrdiff_t)c->sw * c->Cin};
         grids++;
     }
-    return NAME(dense_samples)(c, 1, grids, g, border, gx, gy, pi, bank, NULL, threads);
+    return NAME(dense_samples)(c, 1, grids, g, border, gx, gy, pi, bank, NULL, (struct after){0}, threads);
 }
 
 static int NAME(depthwise_gradients)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x,
@@ -901,6 +1000,7 @@ static void NAME(linear)(float *y, const float *x, const float *weight, const fl
 }
 
 #undef vec
+#undef ints
 #undef LOAD
 #undef STORE
 #undef splat

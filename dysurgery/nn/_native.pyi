@@ -8,8 +8,8 @@ def gate(
     pi: int, x: int, parameters: tuple[int, ...], batch: int, channels: int, hidden: int, k: int, sigmoid: bool, /
 ) -> None: ...
 def layer(
-    y: int, x: int, parameters: tuple[int, ...], bank: int, bias_bank: int, conv: tuple[int, ...],
-    hidden: int, sigmoid: bool, threads: int, /,
+    y: int, x: int, known: int, parameters: tuple[int, ...], bank: int, bias_bank: int, conv: tuple[int, ...],
+    activation: int, mean: int, hidden: int, sigmoid: bool, threads: int, /,
 ) -> None: ...  # fmt: skip
 def names() -> list[str]: ...
 def use(name: str, /) -> None: ...

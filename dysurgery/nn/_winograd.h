@@ -74,29 +74,31 @@ INLINE void NAME(transform_back)(vec *y, const float *from, size_t apart)
 }
 
 /* Two by two positions of n <= V outputs of the tile at (r, q) are what they were, or first, + A^T m A. */
-INLINE void NAME(add_tile)(const struct grid *g, float *y, int r, int q, int n, const float *first, const float *sums)
+INLINE void NAME(add_tile)(const struct grid *g, float *y, int r, int q, int n, const float *first, const float *products,
+                           int activation, float *sums)
 {
-    vec found[4];
-    NAME(transform_back)(found, sums, (size_t)TILES * NR);
+    vec found[4], total = {0};
+    NAME(transform_back)(found, products, (size_t)TILES * NR);
 #pragma GCC unroll 4
     for (int p = 0; p < 4; p++) {
         if (2 * r + p / 2 >= g->rows || 2 * q + p % 2 >= g->columns) continue;
         float *at = y + (2 * r + p / 2) * g->y_row + (2 * q + p % 2) * g->y_column;
-        if (n >= V) {
-            STORE(at, found[p] + LOAD(first ? first : at));
-            continue;
-        }
         vec sum = {0};
-        memcpy(&sum, first ? first : at, sizeof(float) * n);
-        sum += found[p];
-        memcpy(at, &sum, sizeof(float) * n);
+        if (n >= V) sum = LOAD(first ? first : at);
+        else memcpy(&sum, first ? first : at, sizeof(float) * n);
+        sum = NAME(activated)(sum + found[p], activation);
+        total += sum;
+        if (n >= V) STORE(at, sum);
+        else memcpy(at, &sum, sizeof(float) * n);
     }
+    if (sums) STORE(sums, LOAD(sums) + total);
 }
 
-/* As `multiply`, for on columns of y and panels of SLOTS, which are `apart`; tiles (SLOTS, TILES, cn) and sums (SLOTS,
- * TILES, NR) are scratch. */
+/* As `multiply`, for on columns of y and panels of SLOTS, which are `apart`; tiles (SLOTS, TILES, cn) and products
+ * (SLOTS, TILES, NR) are scratch. */
 static void NAME(multiply_tiles)(const struct grid *g, float *y, int on, const float *first, const float *x, int step, int cn,
-                                 const float *panels, size_t apart, float *tiles, float *sums)
+                                 const float *panels, size_t apart, float *tiles, float *products,
+                                 const struct after *after)
 {
     const float zeros[NR] = {0};
     const int here = 0;
@@ -125,16 +127,17 @@ static void NAME(multiply_tiles)(const struct grid *g, float *y, int on, const f
                     float *to[MR];
                     const float *from[MR];
                     for (int m = m0; m < m1; m++) {
-                        to[m - m0] = sums + ((size_t)p * TILES + m) * NR;
+                        to[m - m0] = products + ((size_t)p * TILES + m) * NR;
                         from[m - m0] = tiles + ((size_t)p * TILES + m) * cn;
                     }
-                    NAME(any_tile)(m1 - m0, have, to, zeros, from, 0, 1, &here, &p, cn, panels + o / NR * apart);
+                    NAME(any_tile)(m1 - m0, have, to, zeros, from, 0, 1, &here, &p, cn, panels + o / NR * apart, NULL);
                     m0 = m1;
                 }
             for (int m = 0, r = begin / columns, q = begin % columns; m < n; m++, q++) {
                 if (q == columns) q = 0, r++;
                 for (int v = 0; v < have; v += V)
-                    NAME(add_tile)(g, y + o + v, r, q, have - v, first ? first + o + v : NULL, sums + (size_t)m * NR + v);
+                    NAME(add_tile)(g, y + o + v, r, q, have - v, first ? first + o + v : NULL, products + (size_t)m * NR + v,
+                                   after ? after->activation : 0, after && after->sums ? after->sums + o + v : NULL);
             }
         }
     }

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from dysurgery.nn import execution
+from dysurgery.nn.epilogue import Epilogue
 from dysurgery.nn.layer import DynamicLayer
 
 Size = int | tuple[int, ...]
@@ -32,6 +33,12 @@ class DynamicConvNd(DynamicLayer):
 
     chooser: execution.Chooser = staticmethod(execution.choose)
     """Which of :data:`execution.WAYS` to go; an instance that is to be exported has another one."""
+
+    epilogue: Epilogue | None = None
+    """What this layer does to its output beside, in one call of compiled C; see :func:`dysurgery.fuse_bn`."""
+
+    source: Epilogue | None = None
+    """That of the layer whose output, activated, is the input of this one, and which may know its mean."""
 
     def __init__(self, twin: _ConvNd, *, k: int, reduction: int, gate: str, device: Any, dtype: Any) -> None:
         # The static twin has no storage. It checked the geometry and worked out the padding of 'same'.
@@ -97,7 +104,10 @@ class DynamicConvNd(DynamicLayer):
         )
         kernels = self.kernels()
         if padded is x:
-            y = execution.in_one_call(x, self.gate, kernels, self.bias_bank, geometry, self.chooser)
+            epilogue = None if self._forward_hooks else self.epilogue  # a hook sees the output as it is
+            y = execution.in_one_call(
+                x, self.gate, kernels, self.bias_bank, geometry, self.chooser, epilogue, self.source
+            )
             if y is not None:
                 return y
         pi = self.gate(execution.pool(x))

@@ -11,7 +11,7 @@ way       what it does                                                    where 
 ========  ==============================================================  =====================================
 single    one ordinary convolution                                        one sample
 matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB (to
-                                                                          2 in training, where native is there)
+                                                                          2 where native is there)
 products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that, with one thread
                                                                           or in training
 grouped   one convolution of B * groups groups, what everyone does        NCHW: depthwise to 2 million values, dense
@@ -28,9 +28,9 @@ blocks    the same for 128 output channels at a time                      wide d
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
                                                                           or for one sample
 native    one call of compiled C (:mod:`native`)                          channels_last in float32, where it was
-                                                                          compiled: depthwise, dense; 1x1 beyond
-                                                                          matmul's bound; without a backward pass
-                                                                          one sample, and a small 1x1
+                                                                          compiled: depthwise, dense; 1x1 too, in
+                                                                          training, and under torch.compile, only
+                                                                          beyond matmul's bound
 outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
@@ -61,6 +61,7 @@ from torch.nn import functional as F
 from torch.utils._triton import has_triton
 
 from dysurgery.nn.attention import Gate
+from dysurgery.nn.epilogue import Epilogue
 from dysurgery.nn.native import available as compiled_c
 from dysurgery.nn.native import computes, numbers
 from dysurgery.nn.native import layer as layer_in_c
@@ -355,8 +356,6 @@ _NARROW = 2**17
 """Weights up to which samples are packed: beyond that, the kernels of two or more do not stay in the cache."""
 _VECTOR = 16
 """Channels from which compiled C is fast: the floats of an AVX-512 register."""
-_SMALL_PRODUCT = 2**24
-"""Multiplications up to which calls cost more than they do."""
 _SMALL_MAP = 64
 """Positions of an output below which those are slow as convolutions."""
 
@@ -422,11 +421,8 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
 def _prefers_c(x: Tensor, geometry: Geometry, train: bool, kernels: int) -> bool:
     """Whether compiled C is faster than torch's operations, where it can be used (measured)."""
     if _is_product(geometry):
-        # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache.
-        few = x.shape[0] > 1 and kernels <= (2 if train else 4) * MIB
-        if few and not train and not compiled():  # a small one is over before the operations around MKL's are
-            positions = math.prod(x.shape[2:]) // math.prod(geometry.stride)
-            few = x.shape[0] * positions * math.prod(geometry.weight_shape) > _SMALL_PRODUCT
+        # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache, but without what is in one call.
+        few = (train or compiled()) and x.shape[0] > 1 and kernels <= (2 if train else 4) * MIB
         return not few and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
     return geometry.groups > 1 or geometry.out_channels >= _VECTOR
 
@@ -532,11 +528,13 @@ def linear(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None) -> Ten
 
 
 def in_one_call(
-    x: Tensor, gate: Gate, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry, chooser: Chooser = choose
-) -> Tensor | None:
+    x: Tensor, gate: Gate, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry, chooser: Chooser = choose,
+    epilogue: Epilogue | None = None, source: Epilogue | None = None,
+) -> Tensor | None:  # fmt: skip
     """Run a whole layer, from pooling on, as one call of compiled C, if ``chooser`` goes that way and nobody looks.
 
-    Operations that each take a microsecond are half the time of a layer at batch 1.
+    Operations that each take a microsecond are half the time of a layer at batch 1. With an ``epilogue`` the
+    activation that follows is in it; ``source`` is that of the layer before, which may know the mean of x.
     """
     if not _is_whole(x) or (torch.is_grad_enabled() and bank.requires_grad):
         return None
@@ -551,8 +549,16 @@ def in_one_call(
         return None
     shape, strides, conv = call
     y = x.new_empty_strided(shape, strides)
-    if y.numel():
-        layer_in_c(x, parameters, bank, bias_bank, y, conv, sigmoid=gate.name == "sigmoid")
+    if not y.numel():
+        return y
+    known = None if source is None else source.mean(x)
+    mean = x.new_empty(shape[:2]) if epilogue is not None and epilogue.averages else None
+    layer_in_c(
+        x, parameters, bank, bias_bank, y, conv, sigmoid=gate.name == "sigmoid", known=known, mean=mean,
+        activation=0 if epilogue is None else epilogue.activation,
+    )  # fmt: skip
+    if epilogue is not None:
+        epilogue.note(y, mean)
     return y
 
 

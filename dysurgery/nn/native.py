@@ -8,7 +8,8 @@ over rows that are padded as they come. The gradient of a mixed kernel goes to p
 The module is compiled when the package is installed, if there is a C compiler; without it, :func:`available` is false
 and the other ways are taken. It has AVX-512, AVX2 and plain vectors, and takes the best that the machine knows.
 
-Without a backward pass a whole layer is one call: pooling, gate, mixed bias and convolution. Where it goes another way
+Without a backward pass a whole layer is one call: pooling, gate, mixed bias and convolution, and the activation and the
+mean of the output, if somebody waits for them (:mod:`dysurgery.nn.epilogue`). Where it goes another way
 or somebody listens to the gate, its attention is two calls instead of ten operations of torch.
 
 Shapes as in :mod:`dysurgery.nn.execution`; all tensors are float32.
@@ -71,9 +72,10 @@ def gate(descriptor: Tensor, parameters: tuple[Tensor, ...], *, sigmoid: bool) -
 
 def layer(
     x: Tensor, parameters: tuple[Tensor, ...], bank: Tensor, bias_bank: Tensor | None, y: Tensor,
-    numbers: tuple[int, ...], *, sigmoid: bool,
+    numbers: tuple[int, ...], *, sigmoid: bool, known: Tensor | None = None, activation: int = 0,
+    mean: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write y of a whole layer: pooling, :func:`gate` and convolution. x and y are in channels_last.
+    """Write y of a whole layer: pooling, :func:`gate`, convolution and activation. x and y are in channels_last.
 
     Args:
         x: (B, Cin, H, W).
@@ -83,12 +85,16 @@ def layer(
         y: (B, Cout, H', W').
         numbers: see :func:`numbers`.
         sigmoid: the gate's function, instead of softmax.
+        known: the mean of x over its positions (B, Cin), if somebody has it.
+        activation: what y goes through, a number of :data:`dysurgery.nn.epilogue.ACTIVATIONS`, or 0.
+        mean: written too, if given: the mean of y over its positions (B, Cout).
     """
     addresses, hidden, _ = _attention(parameters)
     bank, bias_bank = bank.contiguous(), None if bias_bank is None else bias_bank.contiguous()
     _native.layer(
-        y.data_ptr(), x.data_ptr(), addresses, bank.data_ptr(), 0 if bias_bank is None else bias_bank.data_ptr(),
-        numbers, hidden, sigmoid, torch.get_num_threads(),
+        y.data_ptr(), x.data_ptr(), 0 if known is None else known.data_ptr(), addresses, bank.data_ptr(),
+        0 if bias_bank is None else bias_bank.data_ptr(), numbers, activation, 0 if mean is None else mean.data_ptr(),
+        hidden, sigmoid, torch.get_num_threads(),
     )  # fmt: skip
 
 
