@@ -18,7 +18,6 @@
 #define RUN 64      /* columns of the bank that are gathered at a time */
 #define MAX_ROWS 64 /* rows of the bank that are fetched ahead */
 #define SAMPLES 8   /* mixed together from one pass over the bank */
-#define LARGE_MAP (256 << 10) /* floats of y that do not stay in a cache */
 #define COLUMNS 288 /* weights of an output channel whose gradients are computed together, about */
 #define PATCHES (256 << 10) /* floats of the patches of all samples, at most; else of BAND positions */
 #define BAND 128 /* positions of a band */
@@ -35,6 +34,11 @@ enum { RELU = 1, RELU6, HARDSWISH, SILU };
 struct after {
     int activation;
     float *sums;
+};
+
+/* Outputs `at` .. at + n, as one vector, or as two of which the second begins `second` behind the first. */
+struct block {
+    int at, n, second;
 };
 
 /* Positions in rows and columns, where they are in x (in positions) and in y (in floats, from `y` on), and their taps:
@@ -164,8 +168,13 @@ static int rows_of(struct rows *r, const struct conv *c, int backward, const flo
     size_t row = (size_t)r->whole * r->channels;
     r->buffer = room(row * (r->count + 1));
     if (!r->buffer) return 0;
-    memset(r->buffer, 0, sizeof(float) * row * (r->count + 1));
     r->zeros = r->buffer + row * r->count;
+    memset(r->zeros, 0, sizeof(float) * row);
+    size_t left = (size_t)r->left * r->channels, inside = left + (size_t)r->width * r->channels;
+    for (float *at = r->buffer; at < r->zeros; at += row) {
+        memset(at, 0, sizeof(float) * left);
+        memset(at + inside, 0, sizeof(float) * (row - inside));
+    }
     return 1;
 }
 

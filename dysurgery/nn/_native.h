@@ -113,29 +113,47 @@ INLINE vec NAME(mixed)(const float *pi, int K, const float *from, size_t step)
     return mixed;
 }
 
-/* Mix the panels of S samples for the outputs o0 .. o0 + on and the channels c0 .. c0 + cn. RUN columns at a time are
+/* n <= V vectors of the kernel of one sample, each to its place, where those of a kernel are V apart and kernels V * V. */
+INLINE void NAME(mix_turned)(const int K, float *const *to, size_t offset, int n, const float *pi, const float *turned)
+{
+    vec p[K];
+#pragma GCC unroll 4
+    for (int k = 0; k < K; k++) p[k] = splat(pi[k]);
+    for (int i = 0; i < n; i++) {
+        vec mixed = p[0] * LOAD(turned + i * V);
+#pragma GCC unroll 4
+        for (int k = 1; k < K; k++) mixed += p[k] * LOAD(turned + (k * V + i) * V);
+        STORE(to[i] + offset, mixed);
+    }
+}
+
+/* Mix the panels of S samples for a block of outputs and the channels c0 .. c0 + cn. RUN columns at a time are
  * gathered first, as rows that lie a power of two apart evict one another; meanwhile the next are fetched. */
 static void NAME(panels_of_outputs)(const struct conv *c, float *panels, size_t panel, float *gathered, const float *pi,
-                                    const float *bank, int S, int o0, int on, int c0, int cn)
+                                    const float *bank, int S, struct block block, int c0, int cn)
 {
     int K = c->K, T = c->kh * c->kw, n = c->Cin * T, columns = cn * T;
     size_t kernel = (size_t)c->Cout * n;
     float turned[K * V * V];
-    for (int ob = 0; ob < on; ob += V) {
-        int have = on - ob < V ? on - ob : V;
+    for (int ob = 0; ob < block.n; ob += V) {
+        int behind = ob ? block.second : 0, o = block.at + behind, have = block.n - behind < V ? block.n - behind : V;
         for (int j = 0; j < columns; j += RUN) {
             int run = columns - j < RUN ? columns - j : RUN;
             const float *next[MAX_ROWS];
             for (int k = 0, row = 0; k < K; k++)
                 for (int i = 0; i < V; i++, row++) {
                     float *to = gathered + (size_t)row * RUN;
-                    const float *from = bank + k * kernel + (size_t)(o0 + ob + (i < have ? i : 0)) * n + c0 * T + j;
+                    const float *from = bank + k * kernel + (size_t)(o + (i < have ? i : 0)) * n + c0 * T + j;
                     if (row < MAX_ROWS) next[row] = from + RUN;
                     if (i >= have) memset(to, 0, sizeof(float) * RUN);
                     else if (run == RUN)
 #pragma GCC unroll 16
                         for (int q = 0; q < RUN; q += V) STORE(to + q, LOAD(from + q));
-                    else memcpy(to, from, sizeof(float) * run);
+                    else {
+                        int q = 0;
+                        for (; q + V <= run; q += V) STORE(to + q, LOAD(from + q));
+                        for (; q < run; q++) to[q] = from[q];
+                    }
                 }
             int rows = K * V < MAX_ROWS ? K * V : MAX_ROWS;
             for (int q = 0; q < run; q += V) {
@@ -153,8 +171,8 @@ static void NAME(panels_of_outputs)(const struct conv *c, float *panels, size_t 
                     }
                     for (int s = 0; s < S; s++) {
                         for (int row = s; row < rows; row += S) __builtin_prefetch(next[row] + q, 0, 2);
-                        for (int i = 0; i < m; i++)
-                            STORE(to[i] + s * panel, NAME(mixed)(pi + s * K, K, turned + i * V, V * V));
+                        if (K == 4) NAME(mix_turned)(4, to, s * panel, m, pi + s * K, turned);
+                        else NAME(mix_turned)(K, to, s * panel, m, pi + s * K, turned);
                     }
                     continue;
                 }
@@ -205,28 +223,30 @@ INLINE void NAME(spread)(float *to, size_t tap, const float *from, int T, int cn
     }
 }
 
-/* The weights of one output channel for NR channels from c0 on, of all K kernels: taps and kernels are that far apart. */
-static void NAME(gather)(const struct conv *c, float *to, size_t tap, size_t kernel, const float *bank, int o, int c0, int cn)
+/* The weights of one output channel for a block of channels, of all K kernels: taps and kernels are that far apart. */
+static void NAME(gather)(const struct conv *c, float *to, size_t tap, size_t kernel, const float *bank, int o, struct block block)
 {
     int T = c->kh * c->kw;
     const float *end = bank + (size_t)c->K * c->Cout * c->Cin * T;
     for (int k = 0; k < c->K; k++, to += kernel) {
-        const float *next = bank + (((size_t)k * c->Cout + o + 2) * c->Cin + c0) * T; /* rows lie too far apart to be guessed */
+        const float *next = bank + (((size_t)k * c->Cout + o + 2) * c->Cin + block.at) * T; /* rows lie too far apart to be guessed */
         for (int i = 0; i < NR * T; i += 16) __builtin_prefetch(next + i, 0, 2);
-        for (int v = 0; v < NR; v += V)
-            NAME(spread)(to + v, tap, bank + (((size_t)k * c->Cout + o) * c->Cin + c0 + v) * T, T, cn - v, end);
+        for (int v = 0; v < block.n; v += V) {
+            int behind = v ? block.second : 0;
+            NAME(spread)(to + v, tap, bank + (((size_t)k * c->Cout + o) * c->Cin + block.at + behind) * T, T, block.n - behind, end);
+        }
     }
 }
 
 /* The same as panels_of_outputs with channels and outputs exchanged: panels (tap, output, NR channels). */
 static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t panel, float *gathered, const float *pi,
-                                     const float *bank, int S, int o0, int on, int c0, int cn)
+                                     const float *bank, int S, struct block block, int o0, int on)
 {
     int K = c->K, T = c->kh * c->kw;
     for (int o = 0; o < on; o++) {
-        NAME(gather)(c, gathered, NR, (size_t)T * NR, bank, o0 + o, c0, cn);
+        NAME(gather)(c, gathered, NR, (size_t)T * NR, bank, o0 + o, block);
         for (int t = 0; t < T; t++)
-            for (int v = 0; v < NR; v += V) {
+            for (int v = 0; v < block.n; v += V) {
                 const float *from = gathered + t * NR + v;
                 float *to = panels + ((size_t)t * (on + 1) + o) * NR + v;
                 for (int s = 0; s < S; s++) STORE(to + s * panel, NAME(mixed)(pi + s * K, K, from, (size_t)T * NR));
@@ -234,16 +254,16 @@ static void NAME(panels_of_channels)(const struct conv *c, float *panels, size_t
     }
 }
 
-/* y[m] (NR columns) = what it was, or first, + sum over taps and channels of x[m][off[tap] * step + channel] * panel row,
- * and then what comes after. */
-INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *first, const float *const *x, int step, int taps,
-                       const int *off, const int *which, int cn, const float *panel, const struct after *after)
+/* y[m] (N vectors, `second` apart) = what it was, or first, + sum over taps and channels of x[m][off[tap] * step + channel] *
+ * panel row, and then what comes after. */
+INLINE void NAME(tile)(const int M, const int N, float *const *y, int second, const float *first, const float *const *x, int step,
+                       int taps, const int *off, const int *which, int cn, const float *panel, const struct after *after)
 {
     vec acc[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < N; v++) acc[m][v] = LOAD((first ? first : y[m]) + v * V);
+        for (int v = 0; v < N; v++) acc[m][v] = LOAD((first ? first : y[m]) + v * second);
     for (int t = 0; t < taps; t++) {
         const float *w = panel + (size_t)which[t] * (cn + 1) * NR;
         int o = off[t] * step;
@@ -275,17 +295,17 @@ INLINE void NAME(tile)(const int M, const int N, float *const *y, const float *f
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-        for (int v = 0; v < N; v++) STORE(y[m] + v * V, acc[m][v]);
+        for (int v = 0; v < N; v++) STORE(y[m] + v * second, acc[m][v]);
 }
 
-/* The same for any number of positions up to MR, and of columns up to NR. */
-static void NAME(any_tile)(int M, int on, float *const *y, const float *first, const float *const *x, int step, int taps,
-                           const int *off, const int *which, int cn, const float *panel, const struct after *after)
+/* The same for any number of positions up to MR, and of vectors up to NV. */
+static void NAME(any_tile)(int M, int N, float *const *y, int second, const float *first, const float *const *x, int step,
+                           int taps, const int *off, const int *which, int cn, const float *panel, const struct after *after)
 {
     switch (M) {
 #define CASE(M) case M: \
-        if (on > V) NAME(tile)(M, NV, y, first, x, step, taps, off, which, cn, panel, after); \
-        else NAME(tile)(M, 1, y, first, x, step, taps, off, which, cn, panel, after); \
+        if (N > 1) NAME(tile)(M, NV, y, second, first, x, step, taps, off, which, cn, panel, after); \
+        else NAME(tile)(M, 1, y, 0, first, x, step, taps, off, which, cn, panel, after); \
         break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if MR > 6
@@ -295,31 +315,34 @@ static void NAME(any_tile)(int M, int on, float *const *y, const float *first, c
     }
 }
 
-/* Multiply one sample at all positions of the grid by the panels of on columns of y, which are `apart`. */
-static void NAME(multiply)(const struct grid *g, float *y, int on, const float *first, const float *x, int step, int cn,
-                           const float *panels, size_t apart, const struct after *after)
+/* Multiply one sample at all positions of the grid by the panels of several blocks of outputs, which are `apart`. */
+static void NAME(multiply)(const struct grid *g, float *y, int blocks, const struct block *block, const float *first,
+                           const float *x, int step, int cn, const float *panels, size_t apart, const struct after *after)
 {
     int count = g->rows * g->columns, tiles = (count + MR - 1) / MR;
     for (int i = 0; i < tiles; i++) {
         int begin = (int)((long long)count * i / tiles), M = (int)((long long)count * (i + 1) / tiles) - begin;
-        float *to[MR], *target[MR], edge[MR * NR];
+        float *target[MR];
         const float *from[MR];
         for (int m = 0, r = begin / g->columns, q = begin % g->columns; m < M; m++, q++) {
             if (q == g->columns) q = 0, r++;
             from[m] = x + (r * g->x_row + q * g->x_column) * step;
-            to[m] = target[m] = y + r * g->y_row + q * g->y_column;
+            target[m] = y + r * g->y_row + q * g->y_column;
         }
-        for (int o = 0; o < on; o += NR) {
-            int have = on - o < NR ? on - o : NR;
-            struct after here = {after ? after->activation : 0, after && after->sums ? after->sums + o : NULL};
-            for (int m = 0; m < M && have < NR; m++) {
-                to[m] = edge + m * NR;
-                if (!first) memcpy(to[m], target[m], sizeof(float) * have);
+        for (int b = 0; b < blocks; b++) {
+            float *to[MR], edge[MR * V], start[V] = {0};
+            const float *begin = first ? first + block[b].at : NULL;
+            struct after here = {after ? after->activation : 0, after && after->sums ? after->sums + b * NR : NULL};
+            int n = block[b].n, narrow = n < V; /* than a vector: what is behind it must not be touched */
+            for (int m = 0; m < M; m++) to[m] = target[m] + block[b].at;
+            for (int m = 0; narrow && m < M; m++) {
+                if (!first) memcpy(edge + m * V, to[m], sizeof(float) * n);
+                to[m] = edge + m * V;
             }
-            NAME(any_tile)(M, have, to, first ? first + o : NULL, from, step, g->taps, g->off, g->which, cn,
-                           panels + o / NR * apart, after ? &here : NULL);
-            for (int m = 0; m < M && have < NR; m++) memcpy(target[m], to[m], sizeof(float) * have);
-            for (int m = 0; m < M; m++) to[m] = target[m] += NR;
+            if (narrow && first) begin = memcpy(start, begin, sizeof(float) * n);
+            NAME(any_tile)(M, n > V ? 2 : 1, to, block[b].second, begin, from, step, g->taps, g->off, g->which, cn,
+                           panels + b * apart, after ? &here : NULL);
+            for (int m = 0; narrow && m < M; m++) memcpy(target[m] + block[b].at, edge + m * V, sizeof(float) * n);
         }
     }
 }
@@ -337,32 +360,41 @@ static int NAME(dense)(const struct conv *c, int backward, int grids, const stru
     size_t panel = (size_t)(most + 1) * (g->winograd ? SLOTS : T) * NR, gathered = (size_t)c->K * (backward ? T * NR : V * RUN);
     size_t tiles = g->winograd ? (size_t)SLOTS * TILES * most : 0, sums = g->winograd ? SLOTS * TILES * NR : 0;
     float *panels = room(panel * S * blocks + gathered + tiles + sums), *scratch = panels + panel * S * blocks;
-    float first[blocks * NR], sums_of_y[blocks * NR], *mean = after.sums, scale = 1.0f / ((float)c->Ho * c->Wo);
+    float zeros[outputs + NR], sums_of_y[blocks * NR], *mean = after.sums, scale = 1.0f / ((float)c->Ho * c->Wo);
+    struct block block[blocks];
     if (!panels) return 0;
-    memset(first, 0, sizeof first);
+    if (!bias) memset(zeros, 0, sizeof zeros);
     if (mean) after.sums = sums_of_y;
+    for (int i = 0; i < blocks; i++) {
+        int o = o0 + i * NR, n = on - i * NR < NR ? on - i * NR : NR;
+        /* The last vector may overlap the one before it; Winograd adds to y for each vector, and chunks of channels too. */
+        if (n < V && outputs >= V && inner <= most && !g->winograd) o = outputs - V, n = V;
+        block[i] = (struct block){o, n, g->winograd || n < V ? V : n - V};
+    }
     for (int c0 = 0; c0 < inner; c0 += most) {
         int cn = inner - c0 < most ? inner - c0 : most, step = x->copy ? cn : inner, last = c0 + cn == inner;
         for (int i = 0; i < blocks; i++) {
-            int o = o0 + i * NR, n = on - i * NR < NR ? on - i * NR : NR;
             float *to = panels + panel * S * i;
-            if (backward) NAME(panels_of_channels)(c, to, panel, scratch, pi + s0 * c->K, bank, S, c0, cn, o, n);
-            else NAME(panels_of_outputs)(c, to, panel, scratch, pi + s0 * c->K, bank, S, o, n, c0, cn);
+            if (backward) NAME(panels_of_channels)(c, to, panel, scratch, pi + s0 * c->K, bank, S, block[i], c0, cn);
+            else NAME(panels_of_outputs)(c, to, panel, scratch, pi + s0 * c->K, bank, S, block[i], c0, cn);
             for (int s = 0; s < S && g->winograd; s++) NAME(transform_panel)(to + panel * s, cn, backward);
         }
         for (int s = 0; s < S; s++) {
-            float *to = y + (s0 + s) * y_sample + o0;
+            float *to = y + (s0 + s) * y_sample;
             const float *from = x->x + (s0 + s) * x->sample + (x->copy ? (size_t)c0 * x->positions : (size_t)c0);
-            if (bias) memcpy(first, bias + (size_t)(s0 + s) * outputs + o0, sizeof(float) * on);
+            const float *first = c0 ? NULL : bias ? bias + (size_t)(s0 + s) * outputs : zeros;
             if (last && mean) memset(sums_of_y, 0, sizeof sums_of_y);
             if (g->winograd)
-                NAME(multiply_tiles)(g, to, on, c0 ? NULL : first, from, step, cn, panels + panel * s, panel * S,
+                NAME(multiply_tiles)(g, to + o0, on, first ? first + o0 : NULL, from, step, cn, panels + panel * s, panel * S,
                                      scratch + gathered, scratch + gathered + tiles, last ? &after : NULL);
             else
                 for (int i = 0; i < grids; i++)
-                    NAME(multiply)(&g[i], to + g[i].y, on, c0 ? NULL : first, from, step, cn, panels + panel * s, panel * S,
+                    NAME(multiply)(&g[i], to + g[i].y, blocks, block, first, from, step, cn, panels + panel * s, panel * S,
                                    last ? &after : NULL);
-            for (int o = 0; last && mean && o < on; o++) mean[(size_t)(s0 + s) * outputs + o0 + o] = sums_of_y[o] * scale;
+            for (int i = 0; last && mean && i < blocks; i++)
+                for (int v = 0; v < block[i].n; v += V)
+                    for (int o = v ? block[i].second : 0, j = 0; j < V && o < block[i].n; j++, o++)
+                        mean[(size_t)(s0 + s) * outputs + block[i].at + o] = sums_of_y[i * NR + v + j] * scale;
         }
     }
     leave(panels);
@@ -722,10 +754,12 @@ static int NAME(depthwise)(const struct conv *c, int backward, float *y, const f
             for (int b = 0; b < blocks; b++) {
                 int channel = NAME(channel)(c, b);
                 const float *at[c->kh];
-                vec taps[T], first = bias ? LOAD(bias + channel) : (vec){0}, total = sums[b];
-                for (int i = 0; i < A; i++) {
-                    at[i] = from[i] + channel;
-                    for (int j = 0; j < B; j++) taps[i * B + j] = LOAD(weights + ((size_t)b * T + ky[i] * c->kw + kx[j]) * V);
+                vec some[T], first = bias ? LOAD(bias + channel) : (vec){0}, total = sums[b];
+                const vec *taps = (const vec *)(weights + (size_t)b * T * V);
+                for (int i = 0; i < A; i++) at[i] = from[i] + channel;
+                if (A * B < T) {
+                    for (int t = 0; t < A * B; t++) some[t] = taps[ky[t / B] * c->kw + kx[t % B]];
+                    taps = some;
                 }
                 float *to = y + (size_t)r * width * C + (size_t)phase * C + channel;
                 switch (A * 8 + B) {
@@ -814,13 +848,13 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
     int T = c->kh * c->kw, H = backward ? c->Ho : c->H, W = backward ? c->Wo : c->W, C = backward ? c->Cout : c->Cin;
     size_t y_sample = backward ? (size_t)c->H * c->W * c->Cin : (size_t)c->Ho * c->Wo * c->Cout;
     int outputs = backward ? c->Cin : c->Cout, blocks = (outputs + NR - 1) / NR, most = PANEL / T < 1 ? 1 : PANEL / T, ok = 1;
-    /* Where panels are small, or by Winograd those of fewer samples, several blocks of outputs share what is done to x, and
-     * write a large map in one pass. */
+    /* As many blocks of outputs at a time as have room for their panels: they share what is done to x, and write a large
+     * map in one pass. By Winograd they are two at least, of fewer samples. */
     int rows = (most < C ? most : C) * T, together = g->winograd ? SAMPLES / WIDE : SAMPLES;
     int group = together * ((threads + blocks - 1) / blocks);
     for (int b = 0; b < c->B && ok; b += group) {
         int n = c->B - b < group ? c->B - b : group, chunk = share(n, together, blocks, threads);
-        int wide = g->winograd ? SAMPLES / chunk : y_sample > LARGE_MAP ? SAMPLES * PANEL / (rows * chunk) : 1;
+        int wide = SAMPLES * PANEL / (rows * chunk);
         while (wide > 1 && (n + chunk - 1) / chunk * ((blocks + wide - 1) / wide) < threads) wide--;
         int chunks = (n + chunk - 1) / chunk, parts = (blocks + wide - 1) / wide;
         struct padded a;

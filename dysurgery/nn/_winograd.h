@@ -130,7 +130,7 @@ static void NAME(multiply_tiles)(const struct grid *g, float *y, int on, const f
                         to[m - m0] = products + ((size_t)p * TILES + m) * NR;
                         from[m - m0] = tiles + ((size_t)p * TILES + m) * cn;
                     }
-                    NAME(any_tile)(m1 - m0, have, to, zeros, from, 0, 1, &here, &p, cn, panels + o / NR * apart, NULL);
+                    NAME(any_tile)(m1 - m0, have > V ? 2 : 1, to, V, zeros, from, 0, 1, &here, &p, cn, panels + o / NR * apart, NULL);
                     m0 = m1;
                 }
             for (int m = 0, r = begin / columns, q = begin % columns; m < n; m++, q++) {
