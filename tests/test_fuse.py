@@ -147,8 +147,12 @@ def test_what_else_sees_an_output_keeps_it_as_it_is(how, expected):
     assert list(links_of(done)) == expected
     assert (type(done.act) is FusedActivation) == bool(expected)
     x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
     with torch.no_grad():
-        torch.testing.assert_close(done(x), model(x), rtol=1e-5, atol=1e-6)
+        expected = model(x)
+        torch.testing.assert_close(done(x), expected, rtol=1e-5, atol=1e-6)
+        compiled = torch.compile(done, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_original_is_left_alone_and_in_place_changes_it():

@@ -29,8 +29,7 @@ columns   im2col and products, 64 output channels at a time               the sa
                                                                           or for one sample
 native    one call of compiled C (:mod:`native`)                          channels_last in float32, where it was
                                                                           compiled: depthwise, dense; 1x1 too, in
-                                                                          training, and under torch.compile, only
-                                                                          beyond matmul's bound
+                                                                          training only beyond matmul's bound
 outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
@@ -39,7 +38,7 @@ fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowher
 and ``native`` keep no mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one
 node of the graph, under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are
 plain operations. Where ``native`` is taken, nothing is differentiated and nobody looks, pooling and gate are in the
-same call (:func:`in_one_call`).
+same call, and what follows the layer if it was told (:func:`in_one_call`).
 The thresholds were measured on one core with AVX-512 in float32, at batch 8, 32 and 128.
 ``outputs`` and ``fused`` are for a GPU, where nothing was measured yet: :func:`dysurgery.autotune` tries them there.
 Not here, as they never won: mixed inputs, shifted sums (neither as one loop of a compiled graph), vmap.
@@ -63,7 +62,7 @@ from torch.utils._triton import has_triton
 from dysurgery.nn.attention import Gate
 from dysurgery.nn.epilogue import Epilogue
 from dysurgery.nn.native import available as compiled_c
-from dysurgery.nn.native import computes, numbers
+from dysurgery.nn.native import computes, layer_node, numbers
 from dysurgery.nn.native import layer as layer_in_c
 from dysurgery.nn.native import pool as pool_in_c
 from dysurgery.nn.rows import compiled, eager
@@ -369,7 +368,7 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
         train: whether there will be a backward pass.
     """
     batch, weights, compiling = x.shape[0], math.prod(geometry.weight_shape), compiled()
-    if batch <= 1 and (train or (compiling and weights <= _WIDE)):
+    if batch <= 1 and train:
         return "single"
     plain = x.device.type != "cpu" or not (compiling or eager())
     # A compiled graph serves many batch sizes: it would be compiled again for each answer.
@@ -377,6 +376,8 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
     large = kernels > 4 * MIB
     if not plain and covers("native", x, geometry) and _prefers_c(x, geometry, train, kernels):
         return "native"
+    if batch <= 1 and compiling and weights <= _WIDE:
+        return "single"
     if covers("matmul", x, geometry) and batch > 1:
         # Several threads share one product better than the tiles of one.
         tiles = compiling or train or torch.get_num_threads() == 1
@@ -422,7 +423,7 @@ def _prefers_c(x: Tensor, geometry: Geometry, train: bool, kernels: int) -> bool
     """Whether compiled C is faster than torch's operations, where it can be used (measured)."""
     if _is_product(geometry):
         # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache, but without what is in one call.
-        few = (train or compiled()) and x.shape[0] > 1 and kernels <= (2 if train else 4) * MIB
+        few = train and x.shape[0] > 1 and kernels <= 2 * MIB
         return not few and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
     return geometry.groups > 1 or geometry.out_channels >= _VECTOR
 
@@ -538,7 +539,11 @@ def in_one_call(
     """
     if not _is_whole(x) or (torch.is_grad_enabled() and bank.requires_grad):
         return None
-    if not eager() or gate._forward_hooks or gate._forward_pre_hooks:
+    if gate._forward_hooks or gate._forward_pre_hooks:
+        return None
+    if compiled():
+        return _as_one_node(x, gate, bank, bias_bank, geometry, chooser, epilogue, source)
+    if not eager():
         return None
     parameters = gate.plain_parameters()
     banks = (bank,) if bias_bank is None else (bank, bias_bank)
@@ -559,6 +564,33 @@ def in_one_call(
     )  # fmt: skip
     if epilogue is not None:
         epilogue.note(y, mean)
+    return y
+
+
+def _as_one_node(
+    x: Tensor, gate: Gate, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry, chooser: Chooser,
+    epilogue: Epilogue | None, source: Epilogue | None,
+) -> Tensor | None:  # fmt: skip
+    """The same for torch.compile: a node of its graph, if it may be."""
+    parameters = gate.plain_parameters()
+    if parameters is None or not covers("native", x, geometry) or chooser(x, geometry, False) != "native":
+        return None
+    tensors = (x, bank, *parameters, *(() if bias_bank is None else (bias_bank,)))
+    if any(t.dtype != torch.float32 for t in tensors):
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return None
+    padding = _padding(geometry)
+    assert padding is not None
+    shape, stride, _, dilation, groups = geometry[:5]
+    window = [*shape[2:], *stride, *padding, *dilation, groups]
+    known = None if source is None else source.mean(x)
+    activation, averages = (0, False) if epilogue is None else (epilogue.activation, epilogue.averages)
+    y, mean = layer_node(
+        x, list(parameters), bank, bias_bank, gate.name == "sigmoid", shape[0], window, known, activation, averages
+    )
+    if epilogue is not None:
+        epilogue.note(y, mean if averages else None)
     return y
 
 

@@ -15,7 +15,7 @@ or somebody listens to the gate, its attention is two calls instead of ten opera
 Shapes as in :mod:`dysurgery.nn.execution`; all tensors are float32.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -96,6 +96,75 @@ def layer(
         0 if bias_bank is None else bias_bank.data_ptr(), numbers, activation, 0 if mean is None else mean.data_ptr(),
         hidden, sigmoid, torch.get_num_threads(),
     )  # fmt: skip
+
+
+# As a node of a compiled graph. Calls of torch.library.custom_op, which checks more, take twice as long.
+_torch: Any = torch.library  # whose functions are not all typed
+_library = _torch.Library("dysurgery", "FRAGMENT")
+_library.define(
+    "layer(Tensor x, Tensor[] parameters, Tensor bank, Tensor? bias_bank, bool sigmoid, int out_channels, int[] window,"
+    " Tensor? known, int activation, bool averages) -> (Tensor, Tensor)",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+
+
+def layer_node(
+    x: Tensor, parameters: list[Tensor], bank: Tensor, bias_bank: Tensor | None, sigmoid: bool, out_channels: int,
+    window: list[int], known: Tensor | None, activation: int, averages: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return y of :func:`layer` and its mean, as a node of a compiled graph.
+
+    Args:
+        x: (B, Cin, H, W).
+        parameters: of the gate.
+        bank: (K, N).
+        bias_bank: (K, Cout) or None.
+        sigmoid: the gate's function, instead of softmax.
+        out_channels: Cout.
+        window: kernel size, stride, padding and dilation, two each, and groups.
+        known: the mean of x, or None.
+        activation: see :func:`layer`.
+        averages: whether the mean is wanted; it is empty otherwise.
+    """
+    y, mean = torch.ops.dysurgery.layer(
+        x, parameters, bank, bias_bank, sigmoid, out_channels, window, known, activation, averages
+    )
+    return y, mean
+
+
+def _node_output(x: Tensor, out_channels: int, window: list[int], averages: bool) -> tuple[Tensor, Tensor]:
+    kh, kw, sh, sw, ph, pw, dh, dw, _ = window
+    batch, _, height, width = x.shape
+    rows, columns = (height + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (width + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+    strides = (rows * columns * out_channels, 1, columns * out_channels, out_channels)
+    mean = x.new_empty((batch, out_channels) if averages else (0,))
+    return x.new_empty_strided((batch, out_channels, rows, columns), strides), mean
+
+
+def _run_node(
+    x: Tensor, parameters: list[Tensor], bank: Tensor, bias_bank: Tensor | None, sigmoid: bool, out_channels: int,
+    window: list[int], known: Tensor | None, activation: int, averages: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (y, mean), x = _node_output(x, out_channels, window, averages), _last(x)
+    if y.numel():
+        (batch, channels, *size), k = x.shape, bank.shape[0]
+        conv = (batch, k, *size, channels, *y.shape[2:], out_channels, *window)
+        layer(
+            x, tuple(parameters), bank, bias_bank, y, conv, sigmoid=sigmoid, activation=activation,
+            known=None if known is None else known.contiguous(), mean=mean if averages else None,
+        )  # fmt: skip
+    return y, mean
+
+
+def _fake_node(
+    x: Tensor, parameters: list[Tensor], bank: Tensor, bias_bank: Tensor | None, sigmoid: bool, out_channels: int,
+    window: list[int], known: Tensor | None, activation: int, averages: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _node_output(x, out_channels, window, averages)
+
+
+_torch.impl(_library, "layer", "CPU")(_run_node)
+_torch.register_fake("dysurgery::layer", _fake_node, lib=_library)
 
 
 def _attention(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, ...], int, int]:

@@ -143,11 +143,62 @@ def test_only_the_tensor_that_was_activated_is_passed_on():
         torch.testing.assert_close(told[2](y), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_compiled_graph_computes_the_same():
-    net, x = network(nn.ReLU6(), **KINDS["3x3 depthwise"]), images(batch=2)
+@pytest.mark.parametrize("kind", ["1x1", "winograd", "3x3 depthwise"])
+def test_in_a_compiled_graph_it_is_one_node_for_any_batch(kind, calls):
+    net = network(nn.Hardswish(), **KINDS[kind])
+    told, graphs = connected(net), []
+
+    def backend(graph, example):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(told, backend=backend, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 9):
+        x = images(batch=batch)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    assert sum(target is torch.ops.dysurgery.layer for target in graphs[0]) == 2
+    assert nn.functional.hardswish not in graphs[0]
+    assert [call["knows"] for call in calls[:2]] == [False, True]
+    assert not told[0].epilogue.noted
+
+
+def test_a_compiled_network_trains_as_it_did():
+    net, x = network(nn.Hardswish(), **KINDS["1x1"]).train(), images()
+    torch._dynamo.reset()
+    compiled = torch.compile(connected(net), backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), list(compiled.parameters()))
+    expected = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_parts_may_be_compiled(part):
+    net, x = network(nn.Hardswish(), **KINDS["1x1"]), images()
+    told = connected(net)
+    torch._dynamo.reset()
+    told[part].forward = torch.compile(told[part].forward, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        compiled = torch.compile(connected(net), backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
+        for _ in range(2):
+            torch.testing.assert_close(told(x), net(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(told(x.contiguous()), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_node_is_a_proper_operator():
+    layer, x = DynamicConv2d(20, 24, 3, padding=1, bias=False).eval(), images((9, 8))[:, :20]
+    x = x.contiguous(memory_format=torch.channels_last)
+    own, window = list(layer.gate.plain_parameters()), [3, 3, 1, 1, 1, 1, 1, 1, 1]
+    with torch.no_grad():
+        args = (x, own, layer.bank.detach(), None, False, 24, window, None, 1, True)
+        torch.library.opcheck(torch.ops.dysurgery.layer.default, args, test_utils=("test_schema", "test_faketensor"))
+        y, mean = torch.ops.dysurgery.layer(*args)
+        torch.testing.assert_close(y, layer(x).relu(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean, y.mean((2, 3)), rtol=1e-5, atol=1e-6)
+        empty, _ = torch.ops.dysurgery.layer(x[:0], *args[1:])
+        assert empty.shape == (0, 24, 9, 8)
 
 
 def test_copies_and_pickles_stand_for_themselves():
