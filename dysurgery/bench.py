@@ -178,7 +178,8 @@ def bench(
 ) -> Bench:
     """Measure a dynamic network, its static counterpart and the grouped trick in turns.
 
-    Inference is in eval mode with every BatchNorm folded that can be (:mod:`dysurgery.fuse`), in all three. A training
+    Inference is in eval mode with every BatchNorm folded that can be, in all three; what :mod:`dysurgery.fuse` does
+    beside, to let dynamic layers activate their output, is in the dynamic one alone. A training
     step is forward, backward of the sum of the outputs, and the gradients cleared, without an optimizer. The networks
     are copied, and the copies share the banks; the caller's, the random state and the number of threads stay as they
     were.

@@ -68,6 +68,10 @@ def fuse_bn(model: nn.Module, example: Example, *, in_place: bool = False) -> nn
     the layer's output goes elsewhere too, either is called more than once or not at all, the weights pi of the gate do
     not sum to one (sigmoid), the kernels are standardised at each call. :func:`fuse` says which, and why.
 
+    A dynamic convolution is told which activation and which dynamic convolution come next, if its output goes there
+    alone: where it runs as one call of compiled C it then does their work, see :mod:`dysurgery.nn.epilogue`. The values
+    are the same; a hook on such a layer sees the output as it is, and makes it leave the activation alone.
+
     Args:
         model: any network, static or converted; its running statistics are what counts.
         example: what it is called with. It decides what goes where, so a forward with several ways is taken by this.

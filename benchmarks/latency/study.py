@@ -3,6 +3,7 @@
 python benchmarks/latency/study.py show          # the commands
 python benchmarks/latency/study.py run RUNS      # those that RUNS does not hold yet, one after the other
 python benchmarks/latency/study.py collect RUNS  # results.json, the tables, latency.png
+python benchmarks/latency/study.py apart         # what it brings that a layer does the activation behind it
 """
 
 import argparse
@@ -14,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import timm
+import torch
+
+import dysurgery
+from dysurgery.latency import latency
+from dysurgery.nn.conv import DynamicConvNd
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet18", "mobilenetv2_100", "mobilenetv3_small_100")
@@ -64,6 +71,29 @@ def collect(runs: Path) -> None:
         text = f"{before}<!-- {name} -->\n{table}<!-- end of {name} -->{rest.partition(f'<!-- end of {name} -->')[2]}"
     (HERE / "README.md").write_text(text)
     draw(benches)
+
+
+def apart() -> None:
+    """Print a table: networks whose layers do what is behind them, and the same with that apart, relative to static."""
+    torch.set_num_threads(1)
+    print("| network | images | dynamic / static | with activation and mean apart |\n" + "|---" * 4 + "|")
+    for name in NETWORKS:
+        example = torch.randn(1, 3, 224, 224)
+        dynamic = dysurgery.convert(timm.create_model(name).eval(), example)
+        networks = {
+            "static": dysurgery.fuse_bn(dysurgery.freeze(dynamic), example),
+            "dynamic": dysurgery.fuse_bn(dynamic, example),
+            "apart": dysurgery.fuse_bn(dynamic, example),
+        }
+        for module in networks["apart"].modules():
+            if isinstance(module, DynamicConvNd):
+                module.epilogue = None
+        networks = {form: network.to(memory_format=torch.channels_last) for form, network in networks.items()}
+        for batch in (1, 8, 32):
+            images = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+            found = latency(networks, images, seconds=15)
+            ratios = [found[form] / found["static"] for form in ("dynamic", "apart")]
+            print(f"| {name} | {batch} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
 
 
 def rows(benches: dict[str, Any]) -> list[dict[str, Any]]:
