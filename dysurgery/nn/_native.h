@@ -855,6 +855,7 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
     for (int b = 0; b < c->B && ok; b += group) {
         int n = c->B - b < group ? c->B - b : group, chunk = share(n, together, blocks, threads);
         int wide = SAMPLES * PANEL / (rows * chunk);
+        if (wide < 1) wide = 1; /* very large kernels */
         while (wide > 1 && (n + chunk - 1) / chunk * ((blocks + wide - 1) / wide) < threads) wide--;
         int chunks = (n + chunk - 1) / chunk, parts = (blocks + wide - 1) / wide;
         struct padded a;

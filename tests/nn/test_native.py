@@ -105,10 +105,11 @@ def test_it_equals_the_grouped_convolution_in_float64_for_every_geometry_and_ins
         (Geometry((20, 600, 1, 1), (2, 2), (0, 0), (1, 1), 1), 3, (9, 8)),  # several blocks of channels
         (Geometry((300, 70, 3, 3), (2, 1), (1, 1), (1, 1), 1), 9, (40, 11)),  # several blocks of outputs in bands
         (Geometry((12, 3, 7, 7), (2, 2), (3, 3), (1, 1), 1), 2, (61, 64)),  # more taps than a vector has floats
+        (Geometry((40, 3, 27, 23), (1, 1), (13, 11), (1, 1), 1), 9, (30, 31)),  # more taps than a panel has rows
         (Geometry((300, 150, 3, 3), (1, 1), (1, 1), (1, 1), 1), 9, (11, 15)),  # Winograd, several blocks of both
         (Geometry((40, 33, 3, 3), (1, 1), (2, 0), (1, 1), 1), 2, (30, 31)),  # Winograd, unlike paddings
     ],
-    ids=["bands", "bare", "channels", "outputs", "taps", "winograd", "border"],
+    ids=["bands", "bare", "channels", "outputs", "taps", "huge", "winograd", "border"],
 )
 def test_large_maps_and_wide_layers_equal_the_grouped_convolution_in_float64(instructions, geometry, batch, size):
     given = tensors(geometry, batch, size, 3)
