@@ -230,7 +230,7 @@ END
 static const struct set {
     const char *name;
     int (*forward)(const struct conv *, float *, const float *, const float *, const float *, const float *, struct after, int);
-    int (*input_gradient)(const struct conv *, float *, const float *, const float *, const float *, int);
+    int (*input_gradient)(const struct conv *, float *, const float *, const float *, const float *, const float *, int);
     int (*weight_gradients)(const struct conv *, float *, float *, const float *, const float *, const float *,
                             const float *, int);
     int (*pool)(float *, const float *, int, int, int, int, int);
@@ -283,13 +283,13 @@ static PyObject *py_forward(PyObject *self, PyObject *args)
 
 static PyObject *py_input_gradient(PyObject *self, PyObject *args)
 {
-    address gx, gy, pi, bank;
+    address gx, gy, pi, bank, first;
     struct conv c;
     int threads, ok;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KKKK" CONV "i", &gx, &gy, &pi, &bank, FIELDS(c), &threads)) return NULL;
+    if (!PyArg_ParseTuple(args, "KKKKK" CONV "i", &gx, &gy, &pi, &bank, &first, FIELDS(c), &threads)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    ok = used->input_gradient(&c, AT(gx), AT(gy), AT(pi), AT(bank), threads);
+    ok = used->input_gradient(&c, AT(gx), AT(gy), AT(pi), AT(bank), AT(first), threads);
     Py_END_ALLOW_THREADS
     return ended(ok);
 }
@@ -422,7 +422,7 @@ static PyObject *py_use(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"forward", py_forward, METH_VARARGS, "forward(y, x, pi, bank, bias or 0, conv, threads): addresses of float32"},
-    {"input_gradient", py_input_gradient, METH_VARARGS, "input_gradient(gx, gy, pi, bank, conv, threads)"},
+    {"input_gradient", py_input_gradient, METH_VARARGS, "input_gradient(gx, gy, pi, bank, first or 0, conv, threads)"},
     {"weight_gradients", py_weight_gradients, METH_VARARGS,
      "weight_gradients(gpi or 0, gbank or 0, gy, x, pi, bank, conv, threads)"},
     {"pool", py_pool, METH_VARARGS, "pool(mean, x, B, H, W, C, threads)"},

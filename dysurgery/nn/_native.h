@@ -865,7 +865,7 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
             int s0 = i / parts * chunk, S = n - s0 < chunk ? n - s0 : chunk, o0 = i % parts * wide * NR;
             struct after here = {after.activation, after.sums ? after.sums + (size_t)b * outputs : NULL};
             ok = NAME(dense)(c, backward, grids, g, y + b * y_sample, y_sample, &a, pi + b * c->K, bank,
-                             bias ? bias + (size_t)b * c->Cout : NULL, here, s0, S, o0,
+                             bias ? bias + (size_t)b * outputs : NULL, here, s0, S, o0,
                              outputs - o0 < wide * NR ? outputs - o0 : wide * NR) && ok;
         }
         leave(a.copy);
@@ -888,11 +888,12 @@ static int NAME(forward)(const struct conv *c, float *y, const float *x, const f
     return NAME(dense_samples)(c, 0, 1, &g, border, y, x, pi, bank, bias, after, threads);
 }
 
+/* `first` (B, Cin) or NULL is added at each position. */
 static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy, const float *pi, const float *bank,
-                                int threads)
+                                const float *first, int threads)
 {
     int T = c->kh * c->kw;
-    if (c->groups > 1) return NAME(depthwise_samples)(c, 1, gx, gy, pi, bank, NULL, (struct after){0}, threads);
+    if (c->groups > 1) return NAME(depthwise_samples)(c, 1, gx, gy, pi, bank, first, (struct after){0}, threads);
     /* A convolution of gy for each phase of the stride, with the taps that reach it. */
     int phases = c->sh * c->sw, off[phases][T], which[phases][T], grids = 0;
     int bottom = (c->H - 1 + c->ph) / c->sh - (c->Ho - 1), right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
@@ -917,7 +918,7 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
                                  (ptrdiff_t)c->sw * c->Cin};
         grids++;
     }
-    return NAME(dense_samples)(c, 1, grids, g, border, gx, gy, pi, bank, NULL, (struct after){0}, threads);
+    return NAME(dense_samples)(c, 1, grids, g, border, gx, gy, pi, bank, first, (struct after){0}, threads);
 }
 
 static int NAME(depthwise_gradients)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x,

@@ -80,6 +80,7 @@ from dysurgery.nn.tiles import (
     strides_last,
     tiled,
 )  # fmt: skip
+from dysurgery.nn.whole import whole
 
 
 class Geometry(NamedTuple):
@@ -537,10 +538,10 @@ def in_one_call(
     Operations that each take a microsecond are half the time of a layer at batch 1. With an ``epilogue`` the
     activation that follows is in it; ``source`` is that of the layer before, which may know the mean of x.
     """
-    if not _is_whole(x) or (torch.is_grad_enabled() and bank.requires_grad):
+    if not _is_whole(x) or gate._forward_hooks or gate._forward_pre_hooks:
         return None
-    if gate._forward_hooks or gate._forward_pre_hooks:
-        return None
+    if torch.is_grad_enabled() and (bank.requires_grad or x.requires_grad):
+        return _trained(x, gate, bank, bias_bank, geometry, chooser)
     if compiled():
         return _as_one_node(x, gate, bank, bias_bank, geometry, chooser, epilogue, source)
     if not eager():
@@ -565,6 +566,22 @@ def in_one_call(
     if epilogue is not None:
         epilogue.note(y, mean)
     return y
+
+
+def _trained(
+    x: Tensor, gate: Gate, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry, chooser: Chooser
+) -> Tensor | None:
+    """The same with a backward pass: one step for autograd."""
+    parameters = gate.plain_parameters()
+    if parameters is None or not eager() or not covers("native", x, geometry):
+        return None
+    tensors = (bank, *parameters, *(() if bias_bank is None else (bias_bank,)))
+    if any(t.dtype != torch.float32 for t in tensors) or parameters[-1].requires_grad:
+        return None
+    if chooser(x, geometry, True) != "native":
+        return None
+    tiling = _tiling(NATIVE, geometry.out_channels, geometry)
+    return whole(x, parameters, bank, bias_bank, tiling, sigmoid=gate.name == "sigmoid")
 
 
 def _as_one_node(

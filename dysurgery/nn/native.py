@@ -190,12 +190,15 @@ def forward(x: Tensor, pi: Tensor, bank: Tensor, bias: Tensor | None, y: Tensor,
         y.copy_(out)
 
 
-def input_gradient(gy: Tensor, pi: Tensor, bank: Tensor, gx: Tensor, tiling: "Tiling") -> None:
-    """Write gx."""
+def input_gradient(
+    gy: Tensor, pi: Tensor, bank: Tensor, gx: Tensor, tiling: "Tiling", first: Tensor | None = None
+) -> None:
+    """Write gx; ``first`` (B, Cin) is added at each position."""
     gy, pi, bank = _last(gy), _flat(pi), _flat(bank)
+    first = None if first is None else _flat(first)
     out = _last(gx)
     _native.input_gradient(
-        out.data_ptr(), gy.data_ptr(), pi.data_ptr(), bank.data_ptr(),
+        out.data_ptr(), gy.data_ptr(), pi.data_ptr(), bank.data_ptr(), 0 if first is None else first.data_ptr(),
         numbers(gx.shape, gy.shape, pi.shape[1], tiling), torch.get_num_threads(),
     )  # fmt: skip
     if out is not gx:

@@ -113,7 +113,7 @@ def _compiled(
 
 @_compiled.register_fake
 def _(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, *tiling: Any) -> Tensor:
-    return _output(x, _tiling(*tiling))
+    return room_for_output(x, _tiling(*tiling))
 
 
 @torch.library.custom_op("dysurgery::tiled_backward", mutates_args=())
@@ -155,7 +155,7 @@ def _tiling(engine: str, rows: int, samples: int, *rest: Any) -> Tiling:
 
 
 def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling: Tiling) -> Tensor:
-    y = _output(x, tiling)
+    y = room_for_output(x, tiling)
     if tiling.engine == FUSED:
         from dysurgery.nn import fused  # Triton does not come with every torch
 
@@ -174,7 +174,7 @@ def _forward(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tili
     return y
 
 
-def _output(x: Tensor, tiling: Tiling) -> Tensor:
+def room_for_output(x: Tensor, tiling: Tiling) -> Tensor:
     """Return room for y."""
     return _empty(x, output_shape(x.shape, tiling))
 
@@ -248,16 +248,22 @@ def _differentiable(
     # Views, so that the way from x to pi through the gate is not counted here.
     inputs = [None if t is None else t.view_as(t) for t in (x, pi, bank, bias_bank)]
     x, pi, bank, bias_bank = inputs  # type: ignore[assignment]
+    y = grouped_convolution(x, pi, bank, bias_bank, tiling)
+    asked = [t for t, want in zip(inputs, wanted, strict=False) if t is not None and want]
+    found = iter(torch.autograd.grad(y.view(gy.shape), asked, gy, create_graph=True))
+    return tuple(next(found) if t is not None and want else None for t, want in zip(inputs, wanted, strict=False))
+
+
+def grouped_convolution(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, tiling: Tiling) -> Tensor:
+    """Return y (1, B * Cout, *size'), by operations that autograd follows."""
     batch, _, _, shape, stride, padding, dilation, groups = x.shape[0], *tiling[1:]
-    y = torch.ops.aten.convolution(
+    y: Tensor = torch.ops.aten.convolution(
         x.reshape(1, -1, *x.shape[2:]),
         (pi @ bank).view(batch * shape[0], *shape[1:]),
         None if bias_bank is None else (pi @ bias_bank).view(-1),
         stride, padding, dilation, False, (0,) * len(stride), batch * groups,
     )  # fmt: skip
-    asked = [t for t, want in zip(inputs, wanted, strict=False) if t is not None and want]
-    found = iter(torch.autograd.grad(y.view(gy.shape), asked, gy, create_graph=True))
-    return tuple(next(found) if t is not None and want else None for t, want in zip(inputs, wanted, strict=False))
+    return y
 
 
 def _view(buffer: Tensor, rows: int, columns: int) -> Tensor:
