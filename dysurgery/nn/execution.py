@@ -37,8 +37,8 @@ fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowher
 ``one by one`` is a loop inside the graph, for ONNX alone. ``products``, ``packed``, ``each``, ``blocks``, ``columns``
 and ``native`` keep no mixed kernels for the backward pass (:mod:`tiles`). They are for a CPU, in eager mode and, as one
 node of the graph, under torch.compile; under torch.export and torch.func, and on a GPU, the others are taken, which are
-plain operations. Where ``native`` is taken, nothing is differentiated and nobody looks, pooling and gate are in the
-same call, and what follows the layer if it was told (:func:`in_one_call`).
+plain operations. Where ``native`` is taken and nobody looks, pooling and gate are in the same call, and what follows
+the layer if it was told; with a backward pass they are one step for autograd (:mod:`whole`, :func:`in_one_call`).
 The thresholds were measured on one core with AVX-512 in float32, at batch 8, 32 and 128.
 ``outputs`` and ``fused`` are for a GPU, where nothing was measured yet: :func:`dysurgery.autotune` tries them there.
 Not here, as they never won: mixed inputs, shifted sums (neither as one loop of a compiled graph), vmap.

@@ -10,9 +10,9 @@ and to the bank from the cache too.
 The module is compiled when the package is installed, if there is a C compiler; without it, :func:`available` is false
 and the other ways are taken. It has AVX-512, AVX2 and plain vectors, and takes the best that the machine knows.
 
-Without a backward pass a whole layer is one call: pooling, gate, mixed bias and convolution, and the activation and the
-mean of the output, if somebody waits for them (:mod:`dysurgery.nn.epilogue`). Where it goes another way
-or somebody listens to the gate, its attention is two calls instead of ten operations of torch.
+Without a backward pass (with one: :mod:`dysurgery.nn.whole`) a whole layer is one call: pooling, gate, mixed bias and
+convolution, and the activation and the mean of the output, if somebody waits for them (:mod:`dysurgery.nn.epilogue`).
+Where it goes another way or somebody listens to the gate, its attention is two calls instead of ten operations.
 
 Shapes as in :mod:`dysurgery.nn.execution`; all tensors are float32.
 """
