@@ -169,11 +169,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("show")
+    actions.add_parser("apart")
     for name in ("run", "collect"):
         actions.add_parser(name).add_argument("runs", type=Path)
     arguments = parser.parse_args()
     if arguments.action == "show":
         print("\n".join(shlex.join(command) for command in commands(Path("RUNS")).values()))
+    elif arguments.action == "apart":
+        apart()
     elif arguments.action == "run":
         run(arguments.runs)
     else:

@@ -10,8 +10,7 @@ is a function entered in :data:`WAYS`, a condition in :func:`covers` and a line 
 way       what it does                                                    where :func:`choose` takes it
 ========  ==============================================================  =====================================
 single    one ordinary convolution                                        one sample
-matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB (to
-                                                                          2 where native is there)
+matmul    one batched matrix product                                      1x1, kernels of the batch to 4 MiB
 products  the same in tiles of 256 output channels and 8 samples          1x1, beyond that, with one thread
                                                                           or in training
 grouped   one convolution of B * groups groups, what everyone does        NCHW: depthwise to 2 million values, dense
@@ -28,8 +27,8 @@ blocks    the same for 128 output channels at a time                      wide d
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
                                                                           or for one sample
 native    one call of compiled C (:mod:`native`)                          channels_last in float32, where it was
-                                                                          compiled: depthwise, dense; 1x1 too, in
-                                                                          training only beyond matmul's bound
+                                                                          compiled: depthwise, dense from 16
+                                                                          outputs on
 outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
@@ -423,8 +422,9 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
 def _prefers_c(x: Tensor, geometry: Geometry, train: bool, kernels: int) -> bool:
     """Whether compiled C is faster than torch's operations, where it can be used (measured)."""
     if _is_product(geometry):
-        # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache, but without what is in one call.
-        few = train and x.shape[0] > 1 and kernels <= 2 * MIB
+        # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache, but has not the rest of the layer
+        # in the same step; nor has C where a graph is compiled for training.
+        few = train and compiled() and x.shape[0] > 1 and kernels <= 2 * MIB
         return not few and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
     return geometry.groups > 1 or geometry.out_channels >= _VECTOR
 
