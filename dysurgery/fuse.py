@@ -208,19 +208,24 @@ def _links(model: nn.Module, example: Example) -> list[Link]:
         return []
     graph = trace(model, example)
     layers = {site.path for site in graph.sites if len(site.calls) == 1 and _is_layer(model, site)}
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     links: dict[str, Link] = {}
     for prefix, drawn in graph.graphs.items():
         for node in drawn.graph.find_nodes(op="call_module"):
             path = join(prefix, str(node.target))
-            act, reader = _next(model, prefix, node, layers) if path in layers else (None, None)
+            act, reader = _next(model, prefix, node, layers, names) if path in layers else (None, None)
             if act is not None or reader is not None:
                 links.setdefault(act or path, Link(path, act, reader))  # an activation can know one layer
     return list(links.values())
 
 
-def _next(model: nn.Module, prefix: str, node: fx.Node, layers: Collection[str]) -> tuple[str | None, str | None]:
-    """Return the paths of the activation behind a layer and of the dynamic convolution behind that, or None."""
-    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+def _next(
+    model: nn.Module, prefix: str, node: fx.Node, layers: Collection[str], names: Mapping[int, int]
+) -> tuple[str | None, str | None]:
+    """Return the paths of the activation behind a layer and of the dynamic convolution behind that, or None.
+
+    ``names`` is how many paths lead to a module, by its identity.
+    """
     act = None
     for following in _following(node):
         path = join(prefix, str(following.target))

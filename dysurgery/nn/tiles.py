@@ -248,7 +248,13 @@ def _differentiable(
     # Views, so that the way from x to pi through the gate is not counted here.
     inputs = [None if t is None else t.view_as(t) for t in (x, pi, bank, bias_bank)]
     x, pi, bank, bias_bank = inputs  # type: ignore[assignment]
-    y = grouped_convolution(x, pi, bank, bias_bank, tiling)
+    return wanted_gradients(grouped_convolution(x, pi, bank, bias_bank, tiling), gy, inputs, wanted)
+
+
+def wanted_gradients(
+    y: Tensor, gy: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients, to be differentiated again, of y in those of the inputs that are there and wanted."""
     asked = [t for t, want in zip(inputs, wanted, strict=False) if t is not None and want]
     found = iter(torch.autograd.grad(y.view(gy.shape), asked, gy, create_graph=True))
     return tuple(next(found) if t is not None and want else None for t, want in zip(inputs, wanted, strict=False))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dysurgery.nn import native
-from dysurgery.nn.tiles import Tiling, grouped_convolution, room_for_output
+from dysurgery.nn.tiles import Tiling, grouped_convolution, room_for_output, wanted_gradients
 
 
 def whole(
@@ -84,7 +84,4 @@ def _differentiable(
     x, w1, b1, w2, b2, tau, bank, bias_bank = views
     z = torch.addmm(b2, torch.addmm(b1, x.mean(dim=(2, 3)), w1.mT).relu(), w2.mT) / tau
     pi = torch.sigmoid(z) if sigmoid else torch.softmax(z, dim=-1)
-    y = grouped_convolution(x, pi, bank, bias_bank, tiling)
-    asked = [t for t, want in zip(views, wanted, strict=False) if t is not None and want]
-    found = iter(torch.autograd.grad(y.view(gy.shape), asked, gy, create_graph=True))
-    return tuple(next(found) if t is not None and want else None for t, want in zip(views, wanted, strict=False))
+    return wanted_gradients(grouped_convolution(x, pi, bank, bias_bank, tiling), gy, views, wanted)
