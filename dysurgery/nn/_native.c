@@ -1,6 +1,6 @@
 /* Convolutions with a kernel for each sample, mixed as they are needed: see native.py.
  *
- * Plain C with the vectors of GCC and clang, and of Python the stable interface only: it knows nothing of torch.
+ * Plain C with the vectors of GCC and clang, and of Python the stable interface only; of torch it knows what Python does.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -360,6 +360,35 @@ static int layer(const struct conv *c, float *y, const float *x, const float *me
     return ok;
 }
 
+/* What torch.Tensor is asked: attributes and methods, which from here take a third of the time. */
+static struct {
+    PyObject *float32, *dtype, *is_cpu, *is_contiguous, *data_ptr, *numel;
+} tensor_;
+
+/* Where the data of a tensor are and how many floats; None has none. 1, or 0 if they are not float32 on a CPU, row by row, or -1
+ * with an error set. */
+static int plain(PyObject *tensor, float **at, size_t *floats)
+{
+    *at = NULL, *floats = 0;
+    if (tensor == Py_None) return 1;
+    PyObject *dtype = PyObject_GetAttr(tensor, tensor_.dtype), *cpu = PyObject_GetAttr(tensor, tensor_.is_cpu);
+    PyObject *flat = PyObject_CallFunctionObjArgs(tensor_.is_contiguous, tensor, NULL);
+    int ok = dtype == tensor_.float32 && cpu == Py_True && flat == Py_True;
+    Py_XDECREF(dtype);
+    Py_XDECREF(cpu);
+    Py_XDECREF(flat);
+    if (!ok) return PyErr_Occurred() ? -1 : 0;
+    PyObject *data = PyObject_CallFunctionObjArgs(tensor_.data_ptr, tensor, NULL);
+    PyObject *numel = PyObject_CallFunctionObjArgs(tensor_.numel, tensor, NULL);
+    if (data && numel) {
+        *at = (float *)(size_t)PyLong_AsUnsignedLongLong(data);
+        *floats = (size_t)PyLong_AsUnsignedLongLong(numel);
+    }
+    Py_XDECREF(data);
+    Py_XDECREF(numel);
+    return PyErr_Occurred() ? -1 : 1;
+}
+
 #define GATE &fc[0], &fc[1], &fc[2], &fc[3], &tau
 #define FC {AT(fc[0]), AT(fc[1]), AT(fc[2]), AT(fc[3])}
 
@@ -378,19 +407,32 @@ static PyObject *py_gate(PyObject *self, PyObject *args)
 
 static PyObject *py_layer(PyObject *self, PyObject *args)
 {
-    address y, x, mean, fc[4], tau, bank, bias_bank, mean_of_y;
+    address y, x, mean, mean_of_y;
+    PyObject *tensors[7]; /* weight 1, bias 1, weight 2, bias 2, tau, bank, bias bank */
+    float *at[7];
+    size_t floats[7];
     struct conv c;
-    int activation, hidden, sigmoid, threads, ok;
+    int activation, sigmoid, threads, ok;
     (void)self;
-    if (!PyArg_ParseTuple(args, "KKK(KKKKK)KK" CONV "iKiii", &y, &x, &mean, GATE, &bank, &bias_bank, FIELDS(c), &activation, &mean_of_y,
-                          &hidden, &sigmoid, &threads))
+    if (!PyArg_ParseTuple(args, "KKK(OOOOO)OO" CONV "iKii", &y, &x, &mean, &tensors[0], &tensors[1], &tensors[2], &tensors[3], &tensors[4],
+                          &tensors[5], &tensors[6], FIELDS(c), &activation, &mean_of_y, &sigmoid, &threads))
         return NULL;
+    for (int i = 0; i < 7; i++)
+        if ((ok = plain(tensors[i], &at[i], &floats[i])) <= 0) {
+            if (ok < 0) return NULL;
+            Py_RETURN_FALSE;
+        }
+    size_t K = c.K, hidden = floats[1], kernel = (size_t)c.Cout * (c.Cin / c.groups) * c.kh * c.kw;
+    if (floats[0] != hidden * c.Cin || floats[2] != K * hidden || floats[3] != K || floats[4] != 1 || floats[5] != K * kernel
+        || (at[6] && floats[6] != K * c.Cout))
+        Py_RETURN_FALSE;
     Py_BEGIN_ALLOW_THREADS
-    const float *const at[4] = FC;
-    ok = layer(&c, AT(y), AT(x), AT(mean), at, *AT(tau), AT(bank), AT(bias_bank), (struct after){activation, AT(mean_of_y)},
-               hidden, sigmoid, threads);
+    const float *const fc[4] = {at[0], at[1], at[2], at[3]};
+    ok = layer(&c, AT(y), AT(x), AT(mean), fc, *at[4], at[5], at[6], (struct after){activation, AT(mean_of_y)}, (int)hidden, sigmoid,
+               threads);
     Py_END_ALLOW_THREADS
-    return ended(ok);
+    if (!ok) return PyErr_NoMemory();
+    Py_RETURN_TRUE;
 }
 
 static PyObject *py_names(PyObject *self, PyObject *none)
@@ -428,8 +470,8 @@ static PyMethodDef methods[] = {
     {"pool", py_pool, METH_VARARGS, "pool(mean, x, B, H, W, C, threads)"},
     {"gate", py_gate, METH_VARARGS, "gate(pi, x, (weight 1, bias 1, weight 2, bias 2, tau), B, C, hidden, K, sigmoid)"},
     {"layer", py_layer, METH_VARARGS,
-     "layer(y, x, mean of x or 0, (weight 1, bias 1, weight 2, bias 2, tau), bank, bias bank or 0, conv, activation, "
-     "mean of y or 0, hidden, sigmoid, threads)"},
+     "layer(y, x, mean of x or 0, (weight 1, bias 1, weight 2, bias 2, tau), bank, bias bank or None, conv, activation, "
+     "mean of y or 0, sigmoid, threads): whether it takes these parameters, which are tensors"},
     {"names", py_names, METH_NOARGS, "names() of the instruction sets of this machine, the best first"},
     {"use", py_use, METH_VARARGS, "use(name) of an instruction set"},
     {NULL, NULL, 0, NULL},
@@ -439,6 +481,18 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, 
 
 PyMODINIT_FUNC PyInit__native(void)
 {
+    PyObject *torch = PyImport_ImportModule("torch"), *tensor = torch ? PyObject_GetAttrString(torch, "Tensor") : NULL;
+    if (tensor) {
+        tensor_.float32 = PyObject_GetAttrString(torch, "float32");
+        tensor_.dtype = PyUnicode_InternFromString("dtype");
+        tensor_.is_cpu = PyUnicode_InternFromString("is_cpu");
+        tensor_.is_contiguous = PyObject_GetAttrString(tensor, "is_contiguous");
+        tensor_.data_ptr = PyObject_GetAttrString(tensor, "data_ptr");
+        tensor_.numel = PyObject_GetAttrString(tensor, "numel");
+    }
+    Py_XDECREF(torch);
+    Py_XDECREF(tensor);
+    if (PyErr_Occurred()) return NULL;
     for (used = sets; !supported(used);) used++;
     return PyModule_Create(&module);
 }

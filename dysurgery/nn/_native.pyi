@@ -1,3 +1,5 @@
+from torch import Tensor
+
 def forward(y: int, x: int, pi: int, bank: int, bias: int, conv: tuple[int, ...], threads: int, /) -> None: ...
 def input_gradient(
     gx: int, gy: int, pi: int, bank: int, first: int, conv: tuple[int, ...], threads: int, /
@@ -10,8 +12,8 @@ def gate(
     pi: int, x: int, parameters: tuple[int, ...], batch: int, channels: int, hidden: int, k: int, sigmoid: bool, /
 ) -> None: ...
 def layer(
-    y: int, x: int, known: int, parameters: tuple[int, ...], bank: int, bias_bank: int, conv: tuple[int, ...],
-    activation: int, mean: int, hidden: int, sigmoid: bool, threads: int, /,
-) -> None: ...  # fmt: skip
+    y: int, x: int, known: int, parameters: tuple[Tensor, ...], bank: Tensor, bias_bank: Tensor | None,
+    conv: tuple[int, ...], activation: int, mean: int, sigmoid: bool, threads: int, /,
+) -> bool: ...  # fmt: skip
 def names() -> list[str]: ...
 def use(name: str, /) -> None: ...

@@ -32,9 +32,6 @@ class Gate(nn.Module):
     """
 
     name: ClassVar[str]
-    in_c: ClassVar[bool] = False
-    """Whether :mod:`dysurgery.nn.native` knows this gate, by its name."""
-
     sums_to_one: ClassVar[bool]
     """Whether sum_k pi_k = 1 for every z and tau."""
 
@@ -63,16 +60,22 @@ class Gate(nn.Module):
         return self.weights(z.to(dtype), self.tau.to(dtype))
 
     def plain_parameters(self) -> tuple[Tensor, ...] | None:
-        """Return what compiled C needs, if it knows this gate, whose layers are torch's own and not listened to."""
-        if not vars(type(self)).get("in_c"):  # a subclass may compute something else
+        """Return what compiled C needs, if it knows this gate, whose layers are torch's own and not listened to.
+
+        That is weight and bias of FC1, those of FC2, and tau, of any type and layout.
+        """
+        if type(self) not in _IN_C:  # a subclass may compute something else
             return None
-        found: list[Any] = []
-        for fc in (self._modules["fc1"], self._modules["fc2"]):  # the attributes would take longer than the arithmetic
-            if type(fc) is not nn.Linear or fc._forward_hooks or fc._forward_pre_hooks:
-                return None
-            found += (fc._parameters["weight"], fc._parameters["bias"])
-        own: tuple[Any, ...] = (*found, self._buffers["tau"])
-        return own if all([t is not None and t.is_contiguous() for t in own]) else None
+        modules = self._modules  # the attributes would take longer than the arithmetic
+        fc1: Any = modules["fc1"]
+        fc2: Any = modules["fc2"]
+        if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear:
+            return None
+        if fc1._forward_hooks or fc1._forward_pre_hooks or fc2._forward_hooks or fc2._forward_pre_hooks:
+            return None
+        first, second, tau = fc1._parameters, fc2._parameters, self._buffers["tau"]
+        own: tuple[Any, ...] = (first["weight"], first["bias"], second["weight"], second["bias"], tau)
+        return None if own[1] is None or own[3] is None else own
 
     def silence(self) -> None:
         """Set FC2 to zero, in place: z = 0, so pi is constant until training moves it."""
@@ -88,7 +91,6 @@ class SoftmaxGate(Gate):
     """``pi = softmax(z / tau)``: non-negative and summing to one (Chen et al., section 3)."""
 
     name = "softmax"
-    in_c = True
     sums_to_one = True
 
     @staticmethod
@@ -100,7 +102,6 @@ class SigmoidGate(Gate):
     """``pi_k = sigmoid(z_k / tau)``: independent weights, as in CondConv (Yang et al., NeurIPS 2019)."""
 
     name = "sigmoid"
-    in_c = True
     sums_to_one = False
 
     @staticmethod
@@ -109,6 +110,8 @@ class SigmoidGate(Gate):
 
 
 GATES: dict[str, type[Gate]] = {gate.name: gate for gate in (SoftmaxGate, SigmoidGate)}
+_IN_C = frozenset((SoftmaxGate, SigmoidGate))
+"""The gates that :mod:`dysurgery.nn.native` knows, by their names."""
 
 
 def gate_class(name: str) -> type[Gate]:

@@ -102,19 +102,16 @@ class DynamicConvNd(DynamicLayer):
         geometry = execution.Geometry(
             self.weight_shape, self.stride, padding, self.dilation, self.groups, self.transposed, output_padding
         )
-        kernels = self.kernels()
+        kernels, bias_bank = self.kernels(), self._own("bias_bank")
+        gate: Any = self._modules["gate"]
         if padded is x:
             epilogue = None if self._forward_hooks else self.epilogue  # a hook sees the output as it is
-            y = execution.in_one_call(
-                x, self.gate, kernels, self.bias_bank, geometry, self.chooser, epilogue, self.source
-            )
+            source = None if self._forward_pre_hooks else self.source  # it may have changed x
+            y = execution.in_one_call(x, gate, kernels, bias_bank, geometry, self.chooser, epilogue, source)
             if y is not None:
                 return y
-        for epilogue in (self.epilogue, self.source):
-            if epilogue is not None and epilogue.noted:  # by an earlier call
-                epilogue.forget()
-        pi = self.gate(execution.pool(x))
-        return execution.convolve(padded, pi, kernels, self.bias_bank, geometry, self.chooser)
+        pi = gate(execution.pool(x))
+        return execution.convolve(padded, pi, kernels, bias_bank, geometry, self.chooser)
 
     def extra_repr(self) -> str:
         text = (

@@ -61,7 +61,7 @@ from torch.utils._triton import has_triton
 from dysurgery.nn.attention import Gate
 from dysurgery.nn.epilogue import Epilogue
 from dysurgery.nn.native import available as compiled_c
-from dysurgery.nn.native import computes, layer_node, numbers
+from dysurgery.nn.native import computes, flat, layer_node, numbers
 from dysurgery.nn.native import layer as layer_in_c
 from dysurgery.nn.native import pool as pool_in_c
 from dysurgery.nn.rows import compiled, eager
@@ -119,7 +119,7 @@ def pool(x: Tensor) -> Tensor:
 
 def _is_whole(x: Tensor) -> bool:
     """Whether x is (B, C, H, W) in channels_last without gaps, as compiled C takes it by its address."""
-    return x.dim() == 4 and is_last(x) and x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous(memory_format=torch.channels_last) and x.size(1) > 1
 
 
 def single(x: Tensor, pi: Tensor, bank: Tensor, bias_bank: Tensor | None, geometry: Geometry) -> Tensor:
@@ -544,25 +544,26 @@ def in_one_call(
         return _trained(x, gate, bank, bias_bank, geometry, chooser)
     if compiled():
         return _as_one_node(x, gate, bank, bias_bank, geometry, chooser, epilogue, source)
-    if not eager():
-        return None
     parameters = gate.plain_parameters()
-    banks = (bank,) if bias_bank is None else (bank, bias_bank)
-    if parameters is None or not computes(x, *banks, *parameters):
+    if parameters is None or not computes(x):
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in parameters + _present(bias_bank)):
         return None
     call = _one_call(chooser, x.shape, bank.shape[0], geometry, torch.get_num_threads())
     if call is None:
         return None
     shape, strides, conv = call
     y = x.new_empty_strided(shape, strides)
-    if not y.numel():
+    if 0 in shape:
         return y
     known = None if source is None else source.mean(x)
-    mean = x.new_empty(shape[:2]) if epilogue is not None and epilogue.averages else None
-    layer_in_c(
+    mean = x.new_empty_strided(shape[:2], (shape[1], 1)) if epilogue is not None and epilogue.averages else None
+    done = layer_in_c(
         x, parameters, bank, bias_bank, y, conv, sigmoid=gate.name == "sigmoid", known=known, mean=mean,
         activation=0 if epilogue is None else epilogue.activation,
     )  # fmt: skip
+    if not done:
+        return None
     if epilogue is not None:
         epilogue.note(y, mean)
     return y
@@ -575,8 +576,7 @@ def _trained(
     parameters = gate.plain_parameters()
     if parameters is None or not eager() or not covers("native", x, geometry):
         return None
-    tensors = (bank, *parameters, *(() if bias_bank is None else (bias_bank,)))
-    if any(t.dtype != torch.float32 for t in tensors) or parameters[-1].requires_grad:
+    if not flat((bank, *parameters, *_present(bias_bank))) or parameters[-1].requires_grad:
         return None
     if chooser(x, geometry, True) != "native":
         return None
@@ -592,10 +592,8 @@ def _as_one_node(
     parameters = gate.plain_parameters()
     if parameters is None or not covers("native", x, geometry) or chooser(x, geometry, False) != "native":
         return None
-    tensors = (x, bank, *parameters, *(() if bias_bank is None else (bias_bank,)))
-    if any(t.dtype != torch.float32 for t in tensors):
-        return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    tensors = (bank, *parameters, *_present(bias_bank))
+    if not flat(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
         return None
     padding = _padding(geometry)
     assert padding is not None
@@ -609,6 +607,10 @@ def _as_one_node(
     if epilogue is not None:
         epilogue.note(y, mean if averages else None)
     return y
+
+
+def _present(bias_bank: Tensor | None) -> tuple[Tensor, ...]:
+    return () if bias_bank is None else (bias_bank,)
 
 
 @lru_cache(maxsize=4096)

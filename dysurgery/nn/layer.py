@@ -178,7 +178,13 @@ class DynamicLayer(nn.Module):
 
     def kernels(self) -> Tensor:
         """Return the kernels that are mixed, (K, weights of one kernel): the bank, unless the layer transforms it."""
-        return self.bank
+        bank: Tensor = self._own("bank")
+        return bank
+
+    def _own(self, name: str) -> Any:
+        """Return a parameter without the detour of an attribute, which in a small layer costs as much as the rest."""
+        own = self._parameters
+        return own[name] if name in own else getattr(self, name)
 
     def own_attributes(self) -> set[str]:
         """Return the attributes that describe this layer and would mean nothing on a static one in its place."""

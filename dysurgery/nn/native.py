@@ -17,6 +17,7 @@ Where it goes another way or somebody listens to the gate, its attention is two 
 Shapes as in :mod:`dysurgery.nn.execution`; all tensors are float32.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,13 +41,19 @@ def available() -> bool:
 
 def computes(x: Tensor, *parameters: Tensor) -> bool:
     """Whether the attention on x may be computed here: it runs now, in float32 on a CPU, and is not differentiated."""
-    if _native is None or type(x) is not Tensor or x.device.type != "cpu" or not x.numel():
+    if _native is None or type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or not x.numel():
         return False
-    if any(t.dtype != torch.float32 for t in (x, *parameters)) or not eager() or torch.is_autocast_enabled("cpu"):
+    # The last: whether somebody counts or records operations.
+    if not eager() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._len_torch_dispatch_stack():  # somebody counts or records operations
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
+    return not parameters or flat(parameters)
+
+
+def flat(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether these may be given to C by their addresses, row by row."""
+    return all([t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors])
 
 
 def pool(x: Tensor) -> Tensor:
@@ -65,8 +72,11 @@ def gate(descriptor: Tensor, parameters: tuple[Tensor, ...], *, sigmoid: bool) -
         parameters: weight and bias of FC1, those of FC2, and tau.
         sigmoid: instead of softmax.
     """
-    descriptor, (addresses, hidden, k) = descriptor.contiguous(), _attention(parameters)
+    descriptor, (k, hidden) = descriptor.contiguous(), parameters[2].shape
     batch, channels = descriptor.shape
+    if [t.numel() for t in parameters] != [hidden * channels, hidden, k * hidden, k, 1]:
+        raise RuntimeError(f"the gate's parameters do not fit together for {channels} channels")
+    addresses = tuple([t.data_ptr() for t in parameters])
     pi = descriptor.new_empty(batch, k)
     _native.gate(pi.data_ptr(), descriptor.data_ptr(), addresses, batch, channels, hidden, k, sigmoid)
     return pi
@@ -76,8 +86,10 @@ def layer(
     x: Tensor, parameters: tuple[Tensor, ...], bank: Tensor, bias_bank: Tensor | None, y: Tensor,
     numbers: tuple[int, ...], *, sigmoid: bool, known: Tensor | None = None, activation: int = 0,
     mean: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """Write y of a whole layer: pooling, :func:`gate`, convolution and activation. x and y are in channels_last.
+
+    Returns whether parameters and banks are such that it could: float32, on a CPU, row by row, of the right sizes.
 
     Args:
         x: (B, Cin, H, W).
@@ -91,12 +103,9 @@ def layer(
         activation: what y goes through, a number of :data:`dysurgery.nn.epilogue.ACTIVATIONS`, or 0.
         mean: written too, if given: the mean of y over its positions (B, Cout).
     """
-    addresses, hidden, _ = _attention(parameters)
-    bank, bias_bank = bank.contiguous(), None if bias_bank is None else bias_bank.contiguous()
-    _native.layer(
-        y.data_ptr(), x.data_ptr(), 0 if known is None else known.data_ptr(), addresses, bank.data_ptr(),
-        0 if bias_bank is None else bias_bank.data_ptr(), numbers, activation, 0 if mean is None else mean.data_ptr(),
-        hidden, sigmoid, torch.get_num_threads(),
+    return _native.layer(
+        y.data_ptr(), x.data_ptr(), 0 if known is None else known.data_ptr(), parameters, bank, bias_bank, numbers,
+        activation, 0 if mean is None else mean.data_ptr(), sigmoid, torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -151,10 +160,12 @@ def _run_node(
     if y.numel():
         (batch, channels, *size), k = x.shape, bank.shape[0]
         conv = (batch, k, *size, channels, *y.shape[2:], out_channels, *window)
-        layer(
+        done = layer(
             x, tuple(parameters), bank, bias_bank, y, conv, sigmoid=sigmoid, activation=activation,
             known=None if known is None else known.contiguous(), mean=mean if averages else None,
         )  # fmt: skip
+        if not done:
+            raise ValueError("parameters and banks must be float32 on a CPU, contiguous and of the sizes of the layer")
     return y, mean
 
 
@@ -169,16 +180,19 @@ _torch.impl(_library, "layer", "CPU")(_run_node)
 _torch.register_fake("dysurgery::layer", _fake_node, lib=_library)
 
 
-def _attention(parameters: tuple[Tensor, ...]) -> tuple[tuple[int, ...], int, int]:
-    """Return the addresses of the gate's parameters, its hidden width and K."""
-    k, hidden = parameters[2].shape
-    return tuple([t.data_ptr() for t in parameters]), hidden, k
-
-
 def forward(x: Tensor, pi: Tensor, bank: Tensor, bias: Tensor | None, y: Tensor, tiling: "Tiling") -> None:
-    """Write y; bias (B, Cout) is mixed already."""
+    """Write y; bias (B, Cout) is mixed already.
+
+    Raises:
+        RuntimeError: if pi, the bank or the bias are not of the sizes that x, y and the geometry ask for.
+    """
     if not y.numel():
         return
+    (batch, outputs), (samples, k), weights = y.shape[:2], pi.shape, math.prod(tiling.weight_shape)
+    if samples != batch or bank.shape != (k, weights) or (bias is not None and bias.shape != (batch, outputs)):
+        raise RuntimeError(
+            f"{k} kernels of {weights} weights and {outputs} outputs: bank or biases are of another size"
+        )
     x, pi, bank = _last(x), _flat(pi), _flat(bank)
     bias = None if bias is None else _flat(bias)
     out = _last(y)

@@ -1,6 +1,8 @@
 import copy
 import pickle
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -143,6 +145,49 @@ def test_only_the_tensor_that_was_activated_is_passed_on():
         torch.testing.assert_close(told[2](y), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_threads_that_share_a_network_do_not_take_one_anothers_work():
+    net = connected(network(nn.SiLU(), **KINDS["1x1"]))
+    inputs = [images((size, size), batch=2) for size in (5, 5, 7, 9)]
+    with torch.no_grad():
+        expected = [net(x) for x in inputs]
+
+    def run(i):
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return all(torch.equal(net(inputs[i]), expected[i]) for _ in range(300))
+
+    interval, threads = sys.getswitchinterval(), torch.get_num_threads()
+    sys.setswitchinterval(1e-6)  # so that they change places within a layer
+    try:
+        with ThreadPoolExecutor(len(inputs)) as pool:
+            assert all(pool.map(run, range(len(inputs))))
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(threads)
+
+
+def test_hooks_that_change_a_tensor_in_place_are_heard():
+    net, x = network(nn.ReLU(), **KINDS["1x1"]), images()
+    behind, before = connected(net), connected(net)
+    behind[1].register_forward_hook(lambda module, args, y: y.add_(1))
+    before[2].register_forward_pre_hook(lambda module, args: (args[0].add_(1),))
+    with torch.no_grad():
+        expected = net[2](net[1](net[0](x)) + 1)
+        for told in (behind, before):
+            torch.testing.assert_close(told(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_output_that_nobody_took_can_be_saved_and_copied(tmp_path):
+    told = connected(network(nn.ReLU(), **KINDS["1x1"]))
+    with torch.no_grad():
+        y = told[0](images())
+        torch.save(y, tmp_path / "features.pt")
+        again = torch.load(tmp_path / "features.pt", weights_only=True)
+        for twin in (again, copy.deepcopy(y)):
+            assert torch.equal(twin, y)
+            torch.testing.assert_close(told[2](told[1](twin)), told[2](told[1](y.clone())), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["1x1", "winograd", "3x3 depthwise"])
 def test_in_a_compiled_graph_it_is_one_node_for_any_batch(kind, calls):
     net = network(nn.Hardswish(), **KINDS[kind])
@@ -162,7 +207,6 @@ def test_in_a_compiled_graph_it_is_one_node_for_any_batch(kind, calls):
     assert sum(target is torch.ops.dysurgery.layer for target in graphs[0]) == 2
     assert nn.functional.hardswish not in graphs[0]
     assert [call["knows"] for call in calls[:2]] == [False, True]
-    assert not told[0].epilogue.noted
 
 
 def test_a_compiled_network_trains_as_it_did():

@@ -279,6 +279,34 @@ def test_a_layer_in_one_call_equals_the_layer_in_parts_in_float64(arguments, bat
     torch.testing.assert_close(found.double(), wide(x.double()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", [
+    lambda own: 2 * own, lambda own: own.t().contiguous().t(), lambda own: own[..., :1].expand_as(own),
+    lambda own: own.double(), lambda own: own[..., :-1].clone(),
+], ids=["value", "layout", "expanded", "type", "size"])  # fmt: skip
+@pytest.mark.parametrize("name", ["bank", "bias_bank", "gate.fc1.weight", "gate.fc1.bias", "gate.fc2.weight"])
+def test_parameters_that_are_no_longer_what_they_were_are_noticed_at_the_next_call(name, change, monkeypatch):
+    def outcome():
+        try:
+            return layer(x)
+        except RuntimeError as error:
+            return type(error)
+
+    torch.manual_seed(0)
+    layer, x = DynamicConv2d(16, 16, 1, reduction=1), nhwc(torch.randn(2, 16, 5, 5))
+    nn.init.normal_(layer.gate.fc2.weight)
+    with torch.no_grad():
+        layer(x)
+        path, _, own = name.rpartition(".")
+        setattr(layer.get_submodule(path), own, nn.Parameter(change(layer.get_parameter(name))))
+        found = outcome()
+        monkeypatch.setattr(native, "_native", None)
+        expected = outcome()
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert found is expected
+
+
 @pytest.mark.parametrize("part", ["gate", "gate.fc1"])
 def test_a_layer_whose_gate_somebody_listens_to_calls_it(part):
     layer, heard = DynamicConv2d(24, 24, 3), []
