@@ -190,9 +190,7 @@ def forward(x: Tensor, pi: Tensor, bank: Tensor, bias: Tensor | None, y: Tensor,
         return
     (batch, outputs), (samples, k), weights = y.shape[:2], pi.shape, math.prod(tiling.weight_shape)
     if samples != batch or bank.shape != (k, weights) or (bias is not None and bias.shape != (batch, outputs)):
-        raise RuntimeError(
-            f"{k} kernels of {weights} weights and {outputs} outputs: bank or biases are of another size"
-        )
+        raise RuntimeError(f"{k} kernels of {weights} weights, {outputs} outputs: bank or biases are of other sizes")
     x, pi, bank = _last(x), _flat(pi), _flat(bank)
     bias = None if bias is None else _flat(bias)
     out = _last(y)
