@@ -22,6 +22,7 @@
 #define PATCHES (256 << 10) /* floats of the patches of all samples, at most; else of BAND positions */
 #define BAND 128 /* positions of a band */
 #define PACKED (1 << 20)    /* floats of gradients in y that are packed at a time */
+#define POOLED (256 << 10)  /* floats of x that are pooled before they are convolved, about */
 #define WEIGHTS (256 << 10) /* floats of the gradients of mixed kernels that are kept from band to band */
 
 struct conv {
@@ -341,21 +342,35 @@ static int gate(float *pi, const float *x, const float *const *fc, float tau, in
     return 1;
 }
 
+/* Samples that are pooled before they are convolved, so that x is still in the cache; multiples of what is done at once. */
+static int pooled_together(const struct conv *c, int threads)
+{
+    size_t sample = (size_t)c->H * c->W * c->Cin, n = c->groups > 1 ? POOLED / sample : SAMPLES;
+    return (n < 1 ? 1 : (int)n) * threads;
+}
+
 /* A dense or depthwise layer whole: pooling, unless the mean of x is there, gate, mixing of the biases, convolution. */
 static int layer(const struct conv *c, float *y, const float *x, const float *mean, const float *const *fc, float tau,
                  const float *bank, const float *bias_bank, struct after after, int hidden, int sigmoid, int threads)
 {
-    int B = c->B, K = c->K, C = c->Cin, Cout = c->Cout;
-    float *pooled = room((size_t)B * (C + K + Cout)), *pi = pooled + (size_t)B * C, *bias = bias_bank ? pi + (size_t)B * K : NULL;
-    int ok = pooled && (mean || used->pool(pooled, x, B, c->H, c->W, C, threads))
-        && gate(pi, mean ? mean : pooled, fc, tau, B, C, hidden, K, sigmoid);
-    for (int b = 0; ok && bias && b < B; b++) {
-        float *to = bias + (size_t)b * Cout, *p = pi + (size_t)b * K;
-        for (int o = 0; o < Cout; o++) to[o] = p[0] * bias_bank[o];
-        for (int k = 1; k < K; k++)
-            for (int o = 0; o < Cout; o++) to[o] += p[k] * bias_bank[(size_t)k * Cout + o];
+    int K = c->K, C = c->Cin, Cout = c->Cout, together = mean ? c->B : pooled_together(c, threads), ok = 1;
+    float *pooled = room((size_t)c->B * (C + K + Cout)), *pi = pooled + (size_t)c->B * C, *bias = bias_bank ? pi + (size_t)c->B * K : NULL;
+    if (!pooled) return 0;
+    for (int b = 0; ok && b < c->B; b += together) {
+        struct conv part = *c;
+        part.B = c->B - b < together ? c->B - b : together;
+        const float *from = x + (size_t)b * c->H * c->W * C, *known = mean ? mean : pooled;
+        struct after here = {after.activation, after.sums ? after.sums + (size_t)b * Cout : NULL};
+        ok = (mean || used->pool(pooled, from, part.B, c->H, c->W, C, threads))
+            && gate(pi, known, fc, tau, part.B, C, hidden, K, sigmoid);
+        for (int i = 0; ok && bias && i < part.B; i++) {
+            float *to = bias + (size_t)i * Cout, *p = pi + (size_t)i * K;
+            for (int o = 0; o < Cout; o++) to[o] = p[0] * bias_bank[o];
+            for (int k = 1; k < K; k++)
+                for (int o = 0; o < Cout; o++) to[o] += p[k] * bias_bank[(size_t)k * Cout + o];
+        }
+        ok = ok && used->forward(&part, y + (size_t)b * c->Ho * c->Wo * Cout, from, pi, bank, bias, here, threads);
     }
-    ok = ok && used->forward(c, y, x, pi, bank, bias, after, threads);
     leave(pooled);
     return ok;
 }

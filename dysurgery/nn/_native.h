@@ -682,11 +682,24 @@ INLINE void NAME(line)(const int A, const int B, float *y, ptrdiff_t y_step, con
     *sums = total;
 }
 
+/* What comes after, for P positions in registers. */
+INLINE void NAME(finish)(const int P, vec *acc, float *y, ptrdiff_t y_step, int activation, vec *sums)
+{
+    vec total = *sums;
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) {
+        acc[p] = NAME(activated)(acc[p], activation);
+        total += acc[p];
+        STORE(y + p * y_step, acc[p]);
+    }
+    *sums = total;
+}
+
 /* The same for P positions, which stay in registers, and many taps. */
 INLINE void NAME(piece)(const int P, int A, int B, float *y, ptrdiff_t y_step, const float *const *x, ptrdiff_t at,
                         const int *shift, ptrdiff_t x_step, const vec *taps, vec first, int activation, vec *sums)
 {
-    vec acc[P];
+    vec acc[8];
 #pragma GCC unroll 8
     for (int p = 0; p < P; p++) acc[p] = first;
     for (int a = 0; a < A; a++)
@@ -696,11 +709,56 @@ INLINE void NAME(piece)(const int P, int A, int B, float *y, ptrdiff_t y_step, c
 #pragma GCC unroll 8
             for (int p = 0; p < P; p++) acc[p] += weight * LOAD(from + p * x_step);
         }
+    NAME(finish)(P, acc, y, y_step, activation, sums);
+}
+
+/* The same where the B taps of a row lie side by side, `beside` apart, and positions S times that: what is loaded of x serves
+ * all of them. `at` is where the least of them is, which is the last one if `beside` runs against them. */
+INLINE void NAME(sweep)(const int P, const int B, const int S, int A, int backwards, float *y, ptrdiff_t y_step,
+                        const float *const *x, ptrdiff_t at, ptrdiff_t beside, const vec *taps, vec first, int activation, vec *sums)
+{
+    vec acc[8];
 #pragma GCC unroll 8
-    for (int p = 0; p < P; p++) {
-        acc[p] = NAME(activated)(acc[p], activation);
-        *sums += acc[p];
-        STORE(y + p * y_step, acc[p]);
+    for (int p = 0; p < P; p++) acc[p] = first;
+    for (int a = 0; a < A; a++, taps += B) {
+        const float *from = x[a] + at;
+        vec weight[8];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) weight[b] = taps[backwards ? B - 1 - b : b];
+#pragma GCC unroll 32
+        for (int j = 0; j < (P - 1) * S + B; j++, from += beside) {
+            vec here = LOAD(from);
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++)
+                if (j >= b && (j - b) % S == 0 && (j - b) / S < P) acc[(j - b) / S] += here * weight[b];
+        }
+    }
+    NAME(finish)(P, acc, y, y_step, activation, sums);
+}
+
+/* The same for any number of positions and taps; `sweeps` is how far apart positions are if the taps lie side by side, else 0. */
+static void NAME(any_line)(int A, int B, int sweeps, float *y, ptrdiff_t y_step, const float *const *x, const int *shift,
+                           ptrdiff_t x_step, const vec *taps, int n, vec first, int activation, vec *sums)
+{
+    switch (A * 8 + B) {
+#define CASE(A, B) case A * 8 + B: NAME(line)(A, B, y, y_step, x, shift, x_step, taps, n, first, activation, sums); return;
+    CASE(3, 3) CASE(2, 2) CASE(2, 1) CASE(1, 2) CASE(1, 1) CASE(3, 2) CASE(2, 3)
+#undef CASE
+    }
+    int way = B == 5 && sweeps <= 2 ? sweeps * 16 : 0, backwards = way && shift[1] < shift[0], least = shift[backwards ? B - 1 : 0];
+    ptrdiff_t beside = way ? x_step / sweeps : 0;
+    for (int i = 0, p = 0, pieces = (n + 7) / 8; i < pieces; i++) {
+        int P = n * (i + 1) / pieces - p;
+        ptrdiff_t at = p * x_step;
+        float *to = y + p * y_step;
+        switch (way + P) {
+#define CASE(P) case P: NAME(piece)(P, A, B, to, y_step, x, at, shift, x_step, taps, first, activation, sums); break; \
+        case 16 + P: NAME(sweep)(P, 5, 1, A, backwards, to, y_step, x, at + least, beside, taps, first, activation, sums); break; \
+        case 32 + P: NAME(sweep)(P, 5, 2, A, backwards, to, y_step, x, at + least, beside, taps, first, activation, sums); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+        }
+        p += P;
     }
 }
 
@@ -750,6 +808,7 @@ static int NAME(depthwise)(const struct conv *c, int backward, float *y, const f
             }
             int width = backward ? c->W : c->Wo, n = (width - phase + step_w - 1) / step_w;
             ptrdiff_t x_step = backward ? C : (ptrdiff_t)c->sw * C, y_step = (ptrdiff_t)step_w * C;
+            int sweeps = c->dw > 1 || step_w > 1 ? 0 : c->sw;
             if (n <= 0) continue;
             for (int b = 0; b < blocks; b++) {
                 int channel = NAME(channel)(c, b);
@@ -762,21 +821,7 @@ static int NAME(depthwise)(const struct conv *c, int backward, float *y, const f
                     taps = some;
                 }
                 float *to = y + (size_t)r * width * C + (size_t)phase * C + channel;
-                switch (A * 8 + B) {
-#define CASE(A, B) case A * 8 + B: NAME(line)(A, B, to, y_step, at, shift, x_step, taps, n, first, after.activation, &total); break;
-                CASE(3, 3) CASE(2, 2) CASE(2, 1) CASE(1, 2) CASE(1, 1) CASE(3, 2) CASE(2, 3)
-#undef CASE
-                default:
-                    for (int i = 0, p = 0, pieces = (n + 7) / 8; i < pieces; i++) {
-                        int P = n * (i + 1) / pieces - p;
-                        switch (P) {
-#define CASE(P) case P: NAME(piece)(P, A, B, to + p * y_step, y_step, at, p * x_step, shift, x_step, taps, first, after.activation, &total); break;
-                        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-#undef CASE
-                        }
-                        p += P;
-                    }
-                }
+                NAME(any_line)(A, B, sweeps, to, y_step, at, shift, x_step, taps, n, first, after.activation, &total);
                 sums[b] = total;
             }
         }
