@@ -142,56 +142,6 @@ static int share(int B, int together, int blocks, int threads)
     return chunk < together ? (chunk < 1 ? 1 : chunk) : together;
 }
 
-/* The rows of one sample's map with zeros left and right, the last few of them. */
-struct rows {
-    const float *x;
-    float *buffer, *zeros;
-    int count, height, width, channels, left, whole, loaded;
-};
-
-static int rows_of(struct rows *r, const struct conv *c, int backward, const float *x)
-{
-    int reach = (c->kw - 1) * c->dw, right;
-    if (backward) {
-        r->left = before(reach - c->pw, c->sw);
-        right = (c->W - 1 + c->pw) / c->sw - (c->Wo - 1);
-    } else {
-        r->left = c->pw;
-        right = (c->Wo - 1) * c->sw + reach - c->pw - (c->W - 1);
-    }
-    r->x = x;
-    r->height = backward ? c->Ho : c->H;
-    r->width = backward ? c->Wo : c->W;
-    r->channels = c->Cin;
-    r->whole = r->left + r->width + (right > 0 ? right : 0);
-    r->count = backward ? (c->kh - 1) * c->dh / c->sh + 1 : (c->kh - 1) * c->dh + 1;
-    r->loaded = 0;
-    size_t row = (size_t)r->whole * r->channels;
-    r->buffer = room(row * (r->count + 1));
-    if (!r->buffer) return 0;
-    r->zeros = r->buffer + row * r->count;
-    memset(r->zeros, 0, sizeof(float) * row);
-    size_t left = (size_t)r->left * r->channels, inside = left + (size_t)r->width * r->channels;
-    for (float *at = r->buffer; at < r->zeros; at += row) {
-        memset(at, 0, sizeof(float) * left);
-        memset(at + inside, 0, sizeof(float) * (row - inside));
-    }
-    return 1;
-}
-
-/* A row, at its first column that is not border; asked for in ascending order, give or take `count`. */
-static const float *row_at(struct rows *r, int at)
-{
-    size_t row = (size_t)r->whole * r->channels, left = (size_t)r->left * r->channels;
-    if (at < 0 || at >= r->height) return r->zeros + left;
-    for (; r->loaded <= at; r->loaded++)
-        memcpy(r->buffer + r->loaded % r->count * row + left, r->x + (size_t)r->loaded * r->width * r->channels,
-               sizeof(float) * r->width * r->channels);
-    return r->buffer + at % r->count * row + left;
-}
-
-static void rows_end(struct rows *r) { leave(r->buffer); }
-
 #define SET(set) {#set, forward_##set, input_gradient_##set, weight_gradients_##set, pool_##set, linear_##set}
 
 #if defined(__x86_64__)

@@ -662,99 +662,120 @@ static void NAME(depthwise_gather)(const struct conv *c, float *to, const float 
                 for (int i = 0; i < V; i++) *to++ = bank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t];
 }
 
-/* n positions of one row, `y_step` and `x_step` apart: y = first + sum over a (rows) x b (columns) taps, and then what comes
- * after; `sums` are added up. The few taps stay in registers. */
-INLINE void NAME(line)(const int A, const int B, float *y, ptrdiff_t y_step, const float *const *x, const int *shift,
-                       ptrdiff_t x_step, const vec *taps, int n, vec first, int activation, vec *sums)
-{
-    vec total = *sums, weight[A * B];
-    for (int t = 0; t < A * B; t++) weight[t] = taps[t];
-    for (int i = 0; i < n; i++) {
-        vec acc = first;
-#pragma GCC unroll 8
-        for (int a = 0; a < A; a++)
-#pragma GCC unroll 8
-            for (int b = 0; b < B; b++) acc += LOAD(x[a] + shift[b] + i * x_step) * weight[a * B + b];
-        acc = NAME(activated)(acc, activation);
-        total += acc;
-        STORE(y + i * y_step, acc);
-    }
-    *sums = total;
-}
+/* Some positions of a row of y and what they read: A rows of x (or of gy, as y stands for gx) and in each B taps, columns
+ * shift[b] of the first position and `stride` more for each next one. Those outside of x are zeros. */
+struct NAME(line) {
+    int A, B, stride, width, C;
+    const float *const *x; /* at the first column */
+    const int *shift;
+    const vec *taps; /* (row, tap) */
+    vec first;
+    int activation;
+    float *y;
+    ptrdiff_t y_step;
+};
+#define line NAME(line)
 
-/* What comes after, for P positions in registers. */
-INLINE void NAME(finish)(const int P, vec *acc, float *y, ptrdiff_t y_step, int activation, vec *sums)
+/* What comes after, for P positions in registers from the p-th on. */
+INLINE void NAME(finish)(const int P, float *y, ptrdiff_t y_step, vec *acc, int activation, vec *sums)
 {
     vec total = *sums;
 #pragma GCC unroll 8
-    for (int p = 0; p < P; p++) {
-        acc[p] = NAME(activated)(acc[p], activation);
-        total += acc[p];
-        STORE(y + p * y_step, acc[p]);
+    for (int i = 0; i < P; i++) {
+        acc[i] = NAME(activated)(acc[i], activation);
+        total += acc[i];
+        STORE(y + i * y_step, acc[i]);
     }
     *sums = total;
 }
 
-/* The same for P positions, which stay in registers, and many taps. */
-INLINE void NAME(piece)(const int P, int A, int B, float *y, ptrdiff_t y_step, const float *const *x, ptrdiff_t at,
-                        const int *shift, ptrdiff_t x_step, const vec *taps, vec first, int activation, vec *sums)
+/* The positions p .. end, of which no tap lies outside. The few taps stay in registers. */
+INLINE void NAME(inside)(const int A, const int B, const struct line *l, int p, int end, vec *sums)
 {
-    vec acc[8];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; p++) acc[p] = first;
-    for (int a = 0; a < A; a++)
-        for (int b = 0; b < B; b++) {
-            const float *from = x[a] + at + shift[b];
-            vec weight = taps[a * B + b];
-#pragma GCC unroll 8
-            for (int p = 0; p < P; p++) acc[p] += weight * LOAD(from + p * x_step);
-        }
-    NAME(finish)(P, acc, y, y_step, activation, sums);
+    vec weight[9], first = l->first, total = *sums;
+    const float *from[9];
+    ptrdiff_t step = (ptrdiff_t)l->stride * l->C, y_step = l->y_step;
+    float *y = l->y;
+    int activation = l->activation;
+    for (int t = 0; t < A * B; t++) weight[t] = l->taps[t];
+    for (int t = 0; t < A * B; t++) from[t] = l->x[t / B] + (ptrdiff_t)l->shift[t % B] * l->C;
+    for (; p < end; p++) {
+        vec acc = first;
+#pragma GCC unroll 9
+        for (int t = 0; t < A * B; t++) acc += LOAD(from[t] + p * step) * weight[t];
+        NAME(finish)(1, y + p * y_step, y_step, &acc, activation, &total);
+    }
+    *sums = total;
 }
 
-/* The same where the B taps of a row lie side by side, `beside` apart, and positions S times that: what is loaded of x serves
- * all of them. `at` is where the least of them is, which is the last one if `beside` runs against them. */
-INLINE void NAME(sweep)(const int P, const int B, const int S, int A, int backwards, float *y, ptrdiff_t y_step,
-                        const float *const *x, ptrdiff_t at, ptrdiff_t beside, const vec *taps, vec first, int activation, vec *sums)
+/* The p-th position, of which taps may lie outside. */
+INLINE void NAME(edge)(const int A, const int B, const struct line *l, int p, vec *sums)
+{
+    vec acc = l->first;
+    for (int b = 0; b < B; b++) {
+        int column = l->shift[b] + p * l->stride;
+        if (column < 0 || column >= l->width) continue;
+        for (int a = 0; a < A; a++) acc += LOAD(l->x[a] + (ptrdiff_t)column * l->C) * l->taps[a * B + b];
+    }
+    NAME(finish)(1, l->y + p * l->y_step, l->y_step, &acc, l->activation, sums);
+}
+
+/* P positions from the p-th on, which stay in registers, and any taps. */
+INLINE void NAME(piece)(const int P, const struct line *l, int p, vec *sums)
 {
     vec acc[8];
+    ptrdiff_t step = (ptrdiff_t)l->stride * l->C;
 #pragma GCC unroll 8
-    for (int p = 0; p < P; p++) acc[p] = first;
-    for (int a = 0; a < A; a++, taps += B) {
-        const float *from = x[a] + at;
+    for (int i = 0; i < P; i++) acc[i] = l->first;
+    for (int b = 0; b < l->B; b++) {
+        int column = l->shift[b] + p * l->stride, low = 0, high = P;
+        while (low < P && column + low * l->stride < 0) low++;
+        while (high > low && column + (high - 1) * l->stride >= l->width) high--;
+        for (int a = 0; a < l->A; a++) {
+            const float *from = l->x[a] + (ptrdiff_t)column * l->C;
+            vec weight = l->taps[a * l->B + b];
+#pragma GCC unroll 8
+            for (int i = 0; i < P; i++)
+                if (i >= low && i < high) acc[i] += weight * LOAD(from + i * step);
+        }
+    }
+    NAME(finish)(P, l->y + p * l->y_step, l->y_step, acc, l->activation, sums);
+}
+
+/* The same where the B taps of a row lie side by side, forwards or backwards: what is loaded of x serves all of them. */
+INLINE void NAME(sweep)(const int P, const int B, const int S, const struct line *l, int p, vec *sums)
+{
+    int backwards = l->shift[B - 1] < l->shift[0], column = l->shift[backwards ? B - 1 : 0] + p * S;
+    int low = -column, high = l->width - column;
+    vec acc[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < P; i++) acc[i] = l->first;
+    for (int a = 0; a < l->A; a++) {
+        const float *from = l->x[a] + (ptrdiff_t)column * l->C;
         vec weight[8];
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) weight[b] = taps[backwards ? B - 1 - b : b];
+        for (int b = 0; b < B; b++) weight[b] = l->taps[a * B + (backwards ? B - 1 - b : b)];
 #pragma GCC unroll 32
-        for (int j = 0; j < (P - 1) * S + B; j++, from += beside) {
+        for (int j = 0; j < (P - 1) * S + B; j++, from += l->C) {
+            if (j < low || j >= high) continue;
             vec here = LOAD(from);
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++)
                 if (j >= b && (j - b) % S == 0 && (j - b) / S < P) acc[(j - b) / S] += here * weight[b];
         }
     }
-    NAME(finish)(P, acc, y, y_step, activation, sums);
+    NAME(finish)(P, l->y + p * l->y_step, l->y_step, acc, l->activation, sums);
 }
 
-/* The same for any number of positions and taps; `sweeps` is how far apart positions are if the taps lie side by side, else 0. */
-static void NAME(any_line)(int A, int B, int sweeps, float *y, ptrdiff_t y_step, const float *const *x, const int *shift,
-                           ptrdiff_t x_step, const vec *taps, int n, vec first, int activation, vec *sums)
+/* The positions p .. end; way 16 and 32: those that are swept, one and two columns apart. */
+static void NAME(pieces)(const struct line *l, int way, int p, int end, vec *sums)
 {
-    switch (A * 8 + B) {
-#define CASE(A, B) case A * 8 + B: NAME(line)(A, B, y, y_step, x, shift, x_step, taps, n, first, activation, sums); return;
-    CASE(3, 3) CASE(2, 2) CASE(2, 1) CASE(1, 2) CASE(1, 1) CASE(3, 2) CASE(2, 3)
-#undef CASE
-    }
-    int way = B == 5 && sweeps <= 2 ? sweeps * 16 : 0, backwards = way && shift[1] < shift[0], least = shift[backwards ? B - 1 : 0];
-    ptrdiff_t beside = way ? x_step / sweeps : 0;
-    for (int i = 0, p = 0, pieces = (n + 7) / 8; i < pieces; i++) {
-        int P = n * (i + 1) / pieces - p;
-        ptrdiff_t at = p * x_step;
-        float *to = y + p * y_step;
+    for (int left = (end - p + 7) / 8; left > 0; left--) {
+        int P = (end - p) / left;
         switch (way + P) {
-#define CASE(P) case P: NAME(piece)(P, A, B, to, y_step, x, at, shift, x_step, taps, first, activation, sums); break; \
-        case 16 + P: NAME(sweep)(P, 5, 1, A, backwards, to, y_step, x, at + least, beside, taps, first, activation, sums); break; \
-        case 32 + P: NAME(sweep)(P, 5, 2, A, backwards, to, y_step, x, at + least, beside, taps, first, activation, sums); break;
+#define CASE(P) case P: NAME(piece)(P, l, p, sums); break; \
+        case 16 + P: NAME(sweep)(P, 5, 1, l, p, sums); break; \
+        case 32 + P: NAME(sweep)(P, 5, 2, l, p, sums); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
         }
@@ -762,103 +783,156 @@ static void NAME(any_line)(int A, int B, int sweeps, float *y, ptrdiff_t y_step,
     }
 }
 
-/* The gradients of the weights from one row. */
-INLINE void NAME(cross)(const int A, const int B, float *gw, const float *gy, ptrdiff_t gy_step, const float *const *x,
-                        const int *shift, ptrdiff_t x_step, int n)
+/* The positions of n of which no tap lies outside: from `begin` to what is returned, which is no less. */
+static int NAME(within)(const int *shift, int B, int stride, int width, int n, int *begin)
 {
-    vec acc[A * B];
-    for (int t = 0; t < A * B; t++) acc[t] = LOAD(gw + t * V);
-    for (int i = 0; i < n; i++) {
-        vec g = LOAD(gy + i * gy_step);
-#pragma GCC unroll 8
-        for (int a = 0; a < A; a++)
-#pragma GCC unroll 8
-            for (int b = 0; b < B; b++) acc[a * B + b] += g * LOAD(x[a] + shift[b] + i * x_step);
+    int least = 0, most = 0;
+    for (int b = 0; b < B; b++) {
+        if (!b || shift[b] < least) least = shift[b];
+        if (!b || shift[b] > most) most = shift[b];
     }
-    for (int t = 0; t < A * B; t++) STORE(gw + t * V, acc[t]);
+    int low = least < 0 ? (-least + stride - 1) / stride : 0, high = most < width ? (width - 1 - most) / stride + 1 : 0;
+    *begin = low < n ? low : n;
+    high = high < n ? high : n;
+    return high > *begin ? high : *begin;
+}
+
+/* n positions. */
+static void NAME(row)(const struct line *l, int n, int begin, int end, vec *sums)
+{
+    switch (l->A * 8 + l->B) {
+#define CASE(A, B) case A * 8 + B: \
+        for (int p = 0; p < begin; p++) NAME(edge)(A, B, l, p, sums); \
+        NAME(inside)(A, B, l, begin, end, sums); \
+        for (int p = end; p < n; p++) NAME(edge)(A, B, l, p, sums); \
+        return;
+    CASE(3, 3) CASE(2, 2) CASE(2, 1) CASE(1, 2) CASE(1, 1) CASE(3, 2) CASE(2, 3)
+#undef CASE
+    }
+    int beside = l->B == 5 && l->stride <= 2;
+    for (int b = 1; beside && b < 5; b++) beside = l->shift[b] - l->shift[b - 1] == (l->shift[1] > l->shift[0] ? 1 : -1);
+    NAME(pieces)(l, beside ? l->stride * 16 : 0, 0, n, sums);
+}
+
+/* The rows of x that the taps of a row of y reach, and these taps: how many. */
+static int NAME(reached)(const struct conv *c, int backward, int r, const float *x, const float **from, int *ky)
+{
+    int A = 0, step = backward ? c->sh : 1, height = backward ? c->Ho : c->H;
+    size_t row = (size_t)(backward ? c->Wo : c->W) * c->Cin;
+    for (int k = 0; k < c->kh; k++) {
+        int at = backward ? r + c->ph - k * c->dh : r * c->sh - c->ph + k * c->dh;
+        if (at < 0 || at % step || at / step >= height) continue;
+        from[A] = x + at / step * row;
+        ky[A++] = k;
+    }
+    return A;
 }
 
 /* One sample: y from x (backward: 0), gx from gy (y = gx, x = gy, backward: 1). */
-static int NAME(depthwise)(const struct conv *c, int backward, float *y, const float *x, const float *weights,
-                           const float *bias, struct after after)
+static void NAME(depthwise)(const struct conv *c, int backward, float *y, const float *x, const float *weights,
+                            const float *bias, struct after after)
 {
     int C = c->Cin, T = c->kh * c->kw, blocks = NAME(blocks)(c);
-    int out_rows = backward ? c->H : c->Ho, step_h = backward ? c->sh : 1, step_w = backward ? c->sw : 1;
-    struct rows rows;
+    int out_rows = backward ? c->H : c->Ho, width = backward ? c->W : c->Wo, step = backward ? c->sw : 1;
+    int phases = step < width ? step : width, B[phases], kx[phases][c->kw], shift[phases][c->kw], begin[phases], end[phases];
     vec sums[blocks];
-    if (!rows_of(&rows, c, backward, x)) return 0;
     memset(sums, 0, sizeof sums);
-    for (int r = 0; r < out_rows; r++) {
-        /* The taps that reach this row, and the rows of x that they reach. */
-        int A = 0, ky[c->kh];
-        const float *from[c->kh];
-        for (int k = 0; k < c->kh; k++) {
-            int at = backward ? r + c->ph - k * c->dh : r * c->sh - c->ph + k * c->dh;
-            if (at % step_h) continue;
-            from[A] = row_at(&rows, at / step_h);
-            ky[A++] = k;
+    struct line l = {.stride = backward ? 1 : c->sw, .width = backward ? c->Wo : c->W, .C = C, .activation = after.activation,
+                     .y_step = (ptrdiff_t)step * C};
+    /* The taps that reach the columns of each phase of the stride. */
+    for (int phase = 0; phase < phases; phase++) {
+        for (int k = B[phase] = 0; k < c->kw; k++) {
+            int at = backward ? phase + c->pw - k * c->dw : k * c->dw - c->pw;
+            if (at % step) continue;
+            shift[phase][B[phase]] = at / step;
+            kx[phase][B[phase]++] = k;
         }
-        for (int phase = 0; phase < step_w; phase++) {
-            int B = 0, kx[c->kw], shift[c->kw];
-            for (int k = 0; k < c->kw; k++) {
-                int at = backward ? phase + c->pw - k * c->dw : k * c->dw - c->pw;
-                if (at % step_w) continue;
-                shift[B] = at / step_w * C;
-                kx[B++] = k;
-            }
-            int width = backward ? c->W : c->Wo, n = (width - phase + step_w - 1) / step_w;
-            ptrdiff_t x_step = backward ? C : (ptrdiff_t)c->sw * C, y_step = (ptrdiff_t)step_w * C;
-            int sweeps = c->dw > 1 || step_w > 1 ? 0 : c->sw;
-            if (n <= 0) continue;
-            for (int b = 0; b < blocks; b++) {
-                int channel = NAME(channel)(c, b);
-                const float *at[c->kh];
-                vec some[T], first = bias ? LOAD(bias + channel) : (vec){0}, total = sums[b];
-                const vec *taps = (const vec *)(weights + (size_t)b * T * V);
-                for (int i = 0; i < A; i++) at[i] = from[i] + channel;
-                if (A * B < T) {
-                    for (int t = 0; t < A * B; t++) some[t] = taps[ky[t / B] * c->kw + kx[t % B]];
-                    taps = some;
-                }
-                float *to = y + (size_t)r * width * C + (size_t)phase * C + channel;
-                NAME(any_line)(A, B, sweeps, to, y_step, at, shift, x_step, taps, n, first, after.activation, &total);
-                sums[b] = total;
+        end[phase] = NAME(within)(shift[phase], B[phase], l.stride, l.width, (width - phase + step - 1) / step, &begin[phase]);
+    }
+    for (int r = 0; r < out_rows; r++) {
+        int ky[c->kh];
+        const float *from[c->kh], *at[c->kh];
+        l.A = NAME(reached)(c, backward, r, x, from, ky);
+        l.x = at;
+        for (int b = 0; b < blocks; b++) {
+            int channel = NAME(channel)(c, b);
+            const vec *all = (const vec *)(weights + (size_t)b * T * V);
+            l.first = bias ? LOAD(bias + channel) : (vec){0};
+            for (int a = 0; a < l.A; a++) at[a] = from[a] + channel;
+            for (int phase = 0; phase < phases; phase++) {
+                vec some[T];
+                l.B = B[phase];
+                l.shift = shift[phase];
+                l.taps = some;
+                l.y = y + ((size_t)r * width + phase) * C + channel;
+                if (l.B == c->kw && l.A && ky[l.A - 1] - ky[0] == l.A - 1) l.taps = all + ky[0] * c->kw;
+                else
+                    for (int t = 0; t < l.A * l.B; t++) some[t] = all[ky[t / l.B] * c->kw + kx[phase][t % l.B]];
+                NAME(row)(&l, (width - phase + step - 1) / step, begin[phase], end[phase], &sums[b]);
             }
         }
     }
     for (int b = 0; after.sums && b < blocks; b++)
         STORE(after.sums + NAME(channel)(c, b), sums[b] * splat(1.0f / ((float)c->Ho * c->Wo)));
-    rows_end(&rows);
-    return 1;
+}
+
+/* The gradients of the weights (row, tap, V) from one position of gy. */
+INLINE void NAME(cross_edge)(const int A, const int B, vec *acc, vec g, const float *const *x, const int *shift, int column, int width,
+                             int C)
+{
+    for (int b = 0; b < B; b++) {
+        int q = column + shift[b];
+        if (q < 0 || q >= width) continue;
+        for (int a = 0; a < A; a++) acc[a * B + b] += g * LOAD(x[a] + (ptrdiff_t)q * C);
+    }
+}
+
+/* The same from all positions of a row, of which begin .. end have no tap outside of x. */
+INLINE void NAME(cross)(const int A, const int B, float *gw, const struct conv *c, const float *gy, const float *const *x,
+                        const int *shift, int begin, int end)
+{
+    vec acc[A * B];
+    int C = c->Cin, stride = c->sw;
+    ptrdiff_t off[B], step = (ptrdiff_t)stride * C;
+    for (int b = 0; b < B; b++) off[b] = (ptrdiff_t)shift[b] * C;
+    for (int t = 0; t < A * B; t++) acc[t] = LOAD(gw + t * V);
+    for (int i = 0; i < begin; i++) NAME(cross_edge)(A, B, acc, LOAD(gy + (ptrdiff_t)i * C), x, shift, i * stride, c->W, C);
+    for (int i = begin; i < end; i++) {
+        vec g = LOAD(gy + (ptrdiff_t)i * C);
+#pragma GCC unroll 8
+        for (int a = 0; a < A; a++)
+#pragma GCC unroll 8
+            for (int b = 0; b < B; b++) acc[a * B + b] += g * LOAD(x[a] + off[b] + i * step);
+    }
+    for (int i = end; i < c->Wo; i++) NAME(cross_edge)(A, B, acc, LOAD(gy + (ptrdiff_t)i * C), x, shift, i * stride, c->W, C);
+    for (int t = 0; t < A * B; t++) STORE(gw + t * V, acc[t]);
 }
 
 /* The gradient of the weights of one sample, (block, tap, V). */
-static int NAME(depthwise_weights)(const struct conv *c, float *gw, const float *gy, const float *x)
+static void NAME(depthwise_weights)(const struct conv *c, float *gw, const float *gy, const float *x)
 {
-    int C = c->Cin, T = c->kh * c->kw, blocks = NAME(blocks)(c), twice = blocks * V - C, shift[c->kw];
-    struct rows rows;
-    if (!rows_of(&rows, c, 0, x)) return 0;
+    int C = c->Cin, T = c->kh * c->kw, blocks = NAME(blocks)(c), twice = blocks * V - C, shift[c->kw], begin;
+    for (int k = 0; k < c->kw; k++) shift[k] = k * c->dw - c->pw;
+    int end = NAME(within)(shift, c->kw, c->sw, c->W, c->Wo, &begin);
     memset(gw, 0, sizeof(float) * blocks * T * V);
-    for (int k = 0; k < c->kw; k++) shift[k] = (k * c->dw - c->pw) * C;
     for (int r = 0; r < c->Ho; r++) {
+        int ky[c->kh], A;
         const float *from[c->kh], *at[c->kh];
-        for (int k = 0; k < c->kh; k++) from[k] = row_at(&rows, r * c->sh - c->ph + k * c->dh);
-        for (int b = 0; b < blocks; b++) {
+        A = NAME(reached)(c, 0, r, x, from, ky);
+        for (int b = 0; b < blocks && A; b++) {
             int channel = NAME(channel)(c, b);
             const float *g = gy + (size_t)r * c->Wo * C + channel;
-            float *to = gw + (size_t)b * T * V;
-            for (int k = 0; k < c->kh; k++) at[k] = from[k] + channel;
-            switch (c->kh * 8 + c->kw) {
-#define CASE(A, B) case A * 8 + B: NAME(cross)(A, B, to, g, C, at, shift, (ptrdiff_t)c->sw * C, c->Wo); break;
-            CASE(3, 3) CASE(5, 5)
+            float *to = gw + ((size_t)b * T + ky[0] * c->kw) * V; /* rows that are reached follow one another */
+            for (int a = 0; a < A; a++) at[a] = from[a] + channel;
+            switch (A * 8 + c->kw) {
+#define CASE(A, B) case A * 8 + B: NAME(cross)(A, B, to, c, g, at, shift, begin, end); break;
+            CASE(2, 3) CASE(3, 3) CASE(3, 5) CASE(4, 5) CASE(5, 5)
 #undef CASE
-            default: NAME(cross)(c->kh, c->kw, to, g, C, at, shift, (ptrdiff_t)c->sw * C, c->Wo);
+            default: NAME(cross)(A, c->kw, to, c, g, at, shift, begin, end);
             }
         }
     }
     for (int t = 0; twice && t < T; t++) memset(gw + ((size_t)(blocks - 1) * T + t) * V, 0, sizeof(float) * twice);
-    rows_end(&rows);
-    return 1;
 }
 
 /* All samples: y from x (backward: 0), gx from gy (backward: 1), in parallel. */
@@ -877,8 +951,10 @@ static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y,
         for (size_t v = 0; mixed && v < size; v += V)
             STORE(mixed + v, NAME(mixed)(pi + b * c->K, c->K, gathered + v, size));
         struct after here = {after.activation, after.sums ? after.sums + (size_t)b * c->Cin : NULL};
-        ok = mixed && NAME(depthwise)(c, backward, y + b * (backward ? in : out), x + b * (backward ? out : in), mixed,
-                                      bias ? bias + (size_t)b * c->Cin : NULL, here) && ok;
+        ok = ok && mixed;
+        if (mixed)
+            NAME(depthwise)(c, backward, y + b * (backward ? in : out), x + b * (backward ? out : in), mixed,
+                            bias ? bias + (size_t)b * c->Cin : NULL, here);
         leave(mixed);
     }
     leave(gathered);
@@ -969,23 +1045,22 @@ static int NAME(input_gradient)(const struct conv *c, float *gx, const float *gy
 static int NAME(depthwise_gradients)(const struct conv *c, float *gpi, float *gbank, const float *gy, const float *x,
                                      const float *pi, const float *bank, int threads)
 {
-    int T = c->kh * c->kw, K = c->K, ok = 1, blocks = NAME(blocks)(c), twice = blocks * V - c->Cin;
+    int T = c->kh * c->kw, K = c->K, blocks = NAME(blocks)(c), twice = blocks * V - c->Cin;
     size_t size = (size_t)blocks * T * V;
     float *gathered = room((2 * K + c->B) * size), *gradient = gathered + K * size, *mixed = gradient + K * size;
     if (!gathered) return 0;
-#pragma omp parallel for num_threads(threads) reduction(&& : ok)
+#pragma omp parallel for num_threads(threads)
     for (int b = 0; b < c->B; b++)
-        ok = NAME(depthwise_weights)(c, mixed + b * size, gy + (size_t)b * c->Ho * c->Wo * c->Cin,
-                                     x + (size_t)b * c->H * c->W * c->Cin) && ok;
+        NAME(depthwise_weights)(c, mixed + b * size, gy + (size_t)b * c->Ho * c->Wo * c->Cin, x + (size_t)b * c->H * c->W * c->Cin);
     if (gpi) NAME(depthwise_gather)(c, gathered, bank);
-    if (ok) NAME(unmix)(K, gpi, gbank ? gradient : NULL, 0, pi, gathered, size, mixed, size, c->B, (int)size);
+    NAME(unmix)(K, gpi, gbank ? gradient : NULL, 0, pi, gathered, size, mixed, size, c->B, (int)size);
     for (int k = 0; gbank && k < K; k++)
         for (int b = 0; b < blocks; b++)
             for (int t = 0; t < T; t++)
                 for (int i = b == blocks - 1 ? twice : 0; i < V; i++)
                     gbank[((size_t)k * c->Cin + NAME(channel)(c, b) + i) * T + t] = gradient[k * size + ((size_t)b * T + t) * V + i];
     leave(gathered);
-    return ok;
+    return 1;
 }
 
 /* gpi (B, K) and gbank are written; either may be NULL. */
@@ -1085,6 +1160,7 @@ static void NAME(linear)(float *y, const float *x, const float *weight, const fl
 #undef LOAD
 #undef STORE
 #undef splat
+#undef line
 #undef NAME
 #undef NV
 #undef NR

@@ -4,8 +4,8 @@ What :mod:`dysurgery.nn.tiles` does with torch's operations is done here in one 
 mixed for 8 samples from one pass over the bank, into panels in the order in which they are multiplied, which stay in
 the cache (the packing that BLIS and oneDNN do to a weight, with the mixing in it). On maps that are large enough, 3x3
 kernels of stride 1 go through Winograd's F(2x2, 3x3), whose rounding is 1.4 times that of a plain convolution. A
-depthwise kernel is mixed and slides over rows that are padded as they come. The gradient of a mixed kernel goes to pi
-and to the bank from the cache too.
+depthwise kernel is mixed and slides over the rows of x where they are; taps beyond the border are left out. The
+gradient of a mixed kernel goes to pi and to the bank from the cache too.
 
 The module is compiled when the package is installed, if there is a C compiler; without it, :func:`available` is false
 and the other ways are taken. It has AVX-512, AVX2 and plain vectors, and takes the best that the machine knows.

@@ -83,8 +83,18 @@ def winograd_cases(draw):
     return geometry, draw(st.integers(1, 11)), (height, width), draw(st.integers(1, 6)), draw(st.booleans())
 
 
-@given(case=cases() | winograd_cases())
-@settings(max_examples=90, deadline=None)
+@st.composite
+def depthwise_cases(draw):
+    """The depthwise geometries that networks have, on maps down to those that their kernels do not fit into."""
+    k, stride, channels = draw(st.sampled_from([3, 5, 7])), draw(st.sampled_from([1, 2])), draw(st.integers(16, 40))
+    padding = draw(st.tuples(st.integers(k // 2, k // 2 + 1), st.integers(0, k)))
+    size = draw(st.integers(1, 19)), draw(st.integers(max(1, k - 2 * padding[1]), 30))
+    geometry = Geometry((channels, 1, k, k), (stride, stride), padding, (1, 1), channels)
+    return geometry, draw(st.integers(1, 4)), size, draw(st.integers(1, 5)), draw(st.booleans())
+
+
+@given(case=cases() | winograd_cases() | depthwise_cases())
+@settings(max_examples=120, deadline=None)
 def test_it_equals_the_grouped_convolution_in_float64_for_every_geometry_and_instruction_set(case):
     geometry, *rest = case
     given = tensors(geometry, *rest)
