@@ -135,10 +135,10 @@ static int pad(struct padded *a, const float *x, int B, int H, int W, int C, str
 /* Rows of zeros before the first one of gy that a tap reaches. */
 static int before(int reach, int stride) { return reach > 0 ? (reach + stride - 1) / stride : 0; }
 
-/* Samples of a chunk: as many as are mixed together, fewer if threads would be idle. */
+/* Samples of a chunk: as many as are mixed together, fewer if threads would be idle or few blocks be shared unevenly. */
 static int share(int B, int together, int blocks, int threads)
 {
-    int parts = blocks >= threads ? 1 : (threads + blocks - 1) / blocks, chunk = (B + parts - 1) / parts;
+    int parts = blocks % threads && blocks < 4 * threads ? threads : 1, chunk = (B + parts - 1) / parts;
     return chunk < together ? (chunk < 1 ? 1 : chunk) : together;
 }
 

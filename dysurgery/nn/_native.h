@@ -828,14 +828,15 @@ static int NAME(reached)(const struct conv *c, int backward, int r, const float 
     return A;
 }
 
-/* One sample: y from x (backward: 0), gx from gy (y = gx, x = gy, backward: 1). */
-static void NAME(depthwise)(const struct conv *c, int backward, float *y, const float *x, const float *weights,
+/* One sample, of which the blocks b0 .. b1, whose weights are given: y from x (backward: 0), gx from gy (y = gx, x = gy,
+ * backward: 1). */
+static void NAME(depthwise)(const struct conv *c, int backward, int b0, int b1, float *y, const float *x, const float *weights,
                             const float *bias, struct after after)
 {
-    int C = c->Cin, T = c->kh * c->kw, blocks = NAME(blocks)(c);
+    int C = c->Cin, T = c->kh * c->kw;
     int out_rows = backward ? c->H : c->Ho, width = backward ? c->W : c->Wo, step = backward ? c->sw : 1;
     int phases = step < width ? step : width, B[phases], kx[phases][c->kw], shift[phases][c->kw], begin[phases], end[phases];
-    vec sums[blocks];
+    vec sums[b1 - b0];
     memset(sums, 0, sizeof sums);
     struct line l = {.stride = backward ? 1 : c->sw, .width = backward ? c->Wo : c->W, .C = C, .activation = after.activation,
                      .y_step = (ptrdiff_t)step * C};
@@ -854,9 +855,9 @@ static void NAME(depthwise)(const struct conv *c, int backward, float *y, const 
         const float *from[c->kh], *at[c->kh];
         l.A = NAME(reached)(c, backward, r, x, from, ky);
         l.x = at;
-        for (int b = 0; b < blocks; b++) {
+        for (int b = b0; b < b1; b++) {
             int channel = NAME(channel)(c, b);
-            const vec *all = (const vec *)(weights + (size_t)b * T * V);
+            const vec *all = (const vec *)(weights + (size_t)(b - b0) * T * V);
             l.first = bias ? LOAD(bias + channel) : (vec){0};
             for (int a = 0; a < l.A; a++) at[a] = from[a] + channel;
             for (int phase = 0; phase < phases; phase++) {
@@ -868,12 +869,12 @@ static void NAME(depthwise)(const struct conv *c, int backward, float *y, const 
                 if (l.B == c->kw && l.A && ky[l.A - 1] - ky[0] == l.A - 1) l.taps = all + ky[0] * c->kw;
                 else
                     for (int t = 0; t < l.A * l.B; t++) some[t] = all[ky[t / l.B] * c->kw + kx[phase][t % l.B]];
-                NAME(row)(&l, (width - phase + step - 1) / step, begin[phase], end[phase], &sums[b]);
+                NAME(row)(&l, (width - phase + step - 1) / step, begin[phase], end[phase], &sums[b - b0]);
             }
         }
     }
-    for (int b = 0; after.sums && b < blocks; b++)
-        STORE(after.sums + NAME(channel)(c, b), sums[b] * splat(1.0f / ((float)c->Ho * c->Wo)));
+    for (int b = b0; after.sums && b < b1; b++)
+        STORE(after.sums + NAME(channel)(c, b), sums[b - b0] * splat(1.0f / ((float)c->Ho * c->Wo)));
 }
 
 /* The gradients of the weights (row, tap, V) from one position of gy. */
@@ -935,25 +936,29 @@ static void NAME(depthwise_weights)(const struct conv *c, float *gw, const float
     for (int t = 0; twice && t < T; t++) memset(gw + ((size_t)(blocks - 1) * T + t) * V, 0, sizeof(float) * twice);
 }
 
-/* All samples: y from x (backward: 0), gx from gy (backward: 1), in parallel. */
+/* All samples: y from x (backward: 0), gx from gy (backward: 1), in parallel, a few samples in several parts. Channels that two
+ * blocks share get the same from both. */
 static int NAME(depthwise_samples)(const struct conv *c, int backward, float *y, const float *x, const float *pi,
                                    const float *bank, const float *bias, struct after after, int threads)
 {
-    size_t size = (size_t)NAME(blocks)(c) * c->kh * c->kw * V;
-    size_t in = (size_t)c->H * c->W * c->Cin, out = (size_t)c->Ho * c->Wo * c->Cin;
+    int T = c->kh * c->kw, blocks = NAME(blocks)(c), parts = c->B < threads ? threads : 1;
+    size_t size = (size_t)blocks * T * V, in = (size_t)c->H * c->W * c->Cin, out = (size_t)c->Ho * c->Wo * c->Cin;
     float *gathered = room(c->K * size);
     int ok = 1;
     if (!gathered) return 0;
+    if (parts > blocks) parts = blocks;
     NAME(depthwise_gather)(c, gathered, bank);
 #pragma omp parallel for num_threads(threads) reduction(&& : ok)
-    for (int b = 0; b < c->B; b++) {
-        float *mixed = room(size);
-        for (size_t v = 0; mixed && v < size; v += V)
-            STORE(mixed + v, NAME(mixed)(pi + b * c->K, c->K, gathered + v, size));
+    for (int i = 0; i < c->B * parts; i++) {
+        int b = i / parts, b0 = (int)((long long)blocks * (i % parts) / parts), b1 = (int)((long long)blocks * (i % parts + 1) / parts);
+        size_t begin = (size_t)b0 * T * V, some = (size_t)(b1 - b0) * T * V;
         struct after here = {after.activation, after.sums ? after.sums + (size_t)b * c->Cin : NULL};
+        float *mixed = room(some);
         ok = ok && mixed;
+        for (size_t v = 0; mixed && v < some; v += V)
+            STORE(mixed + v, NAME(mixed)(pi + b * c->K, c->K, gathered + begin + v, size));
         if (mixed)
-            NAME(depthwise)(c, backward, y + b * (backward ? in : out), x + b * (backward ? out : in), mixed,
+            NAME(depthwise)(c, backward, b0, b1, y + b * (backward ? in : out), x + b * (backward ? out : in), mixed,
                             bias ? bias + (size_t)b * c->Cin : NULL, here);
         leave(mixed);
     }
@@ -977,8 +982,10 @@ static int NAME(dense_samples)(const struct conv *c, int backward, int grids, co
         int n = c->B - b < group ? c->B - b : group, chunk = share(n, together, blocks, threads);
         int wide = SAMPLES * PANEL / (rows * chunk);
         if (wide < 1) wide = 1; /* very large kernels */
-        while (wide > 1 && (n + chunk - 1) / chunk * ((blocks + wide - 1) / wide) < threads) wide--;
         int chunks = (n + chunk - 1) / chunk, parts = (blocks + wide - 1) / wide;
+        while (chunks * parts % threads && parts < blocks) parts++;
+        wide = (blocks + parts - 1) / parts;
+        parts = (blocks + wide - 1) / wide;
         struct padded a;
         if (!pad(&a, x + (size_t)b * H * W * C, n, H, W, C, border, most < C ? most : C, threads)) return 0;
 #pragma omp parallel for num_threads(threads) reduction(&& : ok)

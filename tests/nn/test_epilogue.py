@@ -78,18 +78,35 @@ def test_what_is_in_the_call_equals_what_torch_computes_in_float64(act, kind, in
     assert [call["knows"] for call in calls] == [False, True]
 
 
-@pytest.mark.parametrize("kind", ["1x1", "winograd", "3x3 depthwise"])
-def test_two_threads_find_the_mean_that_one_does(kind):
-    net, x, threads = network(nn.ReLU(), **KINDS[kind]), images(), torch.get_num_threads()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_that_do_not_stay_in_the_cache_together_are_pooled_a_few_at_a_time(kind, threads):
+    net, x, before = network(nn.ReLU(), **KINDS[kind]), images((45, 90), batch=5), torch.get_num_threads()
+    x = x * torch.arange(1, 6).view(5, 1, 1, 1)  # unlike means
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            found = connected(net)(x)
+    finally:
+        torch.set_num_threads(before)
+    expected = copy.deepcopy(net).double()(x.double())
+    assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_threads_compute_what_one_does(kind, batch):
+    net, x, threads = network(nn.ReLU(), **KINDS[kind]), images(batch=batch), torch.get_num_threads()
     found = []
     try:
-        for count in (1, 2):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
             with torch.no_grad():
                 found.append(connected(net)(x))
     finally:
         torch.set_num_threads(threads)
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    for each in found[1:]:
+        torch.testing.assert_close(each, found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
