@@ -27,8 +27,8 @@ blocks    the same for 128 output channels at a time                      wide d
 columns   im2col and products, 64 output channels at a time               the same in channels_last, in training,
                                                                           or for one sample
 native    one call of compiled C (:mod:`native`)                          channels_last in float32, where it was
-                                                                          compiled: depthwise, dense from 16
-                                                                          outputs on
+                                                                          compiled; in training from 16 outputs or
+                                                                          12 inputs on
 outputs   one ordinary convolution to K * Cout channels, outputs mixed    nowhere
 fused     a GPU kernel that mixes as it multiplies (:mod:`fused`)         nowhere
 ========  ==============================================================  =====================================
@@ -355,6 +355,8 @@ _NARROW = 2**17
 """Weights up to which samples are packed: beyond that, the kernels of two or more do not stay in the cache."""
 _VECTOR = 16
 """Channels from which compiled C is fast: the floats of an AVX-512 register."""
+_SOME = 12
+"""Channels of the input from which it is fast in training too, with fewer outputs than that."""
 _SMALL_MAP = 64
 """Positions of an output below which those are slow as convolutions."""
 
@@ -421,12 +423,13 @@ def choose(x: Tensor, geometry: Geometry, train: bool = False) -> str:
 
 def _prefers_c(x: Tensor, geometry: Geometry, train: bool, kernels: int) -> bool:
     """Whether compiled C is faster than torch's operations, where it can be used (measured)."""
-    if _is_product(geometry):
-        # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache, but has not the rest of the layer
-        # in the same step; nor has C where a graph is compiled for training.
-        few = train and compiled() and x.shape[0] > 1 and kernels <= 2 * MIB
-        return not few and x.shape[1] >= _VECTOR and geometry.out_channels >= _VECTOR
-    return geometry.groups > 1 or geometry.out_channels >= _VECTOR
+    if not train:
+        return True
+    if _is_product(geometry) and compiled() and x.shape[0] > 1 and kernels <= 2 * MIB:
+        # MKL is as fast while the mixed kernels, of so many bytes, stay in the cache; in eager mode C has the rest of
+        # the layer in the same step.
+        return False
+    return geometry.groups > 1 or geometry.out_channels >= _VECTOR or x.shape[1] >= _SOME
 
 
 def _several(x: Tensor, geometry: Geometry) -> str:
