@@ -87,7 +87,8 @@ def test_the_slowest_layers_say_how_they_run(found):
         more = [layer.dynamic_ms - layer.static_ms for layer in layers]
         assert more == sorted(more, reverse=True)
         ways = {layer.path: layer.way for layer in layers}
-        assert (ways["pointwise"], ways["fc"]) == ("matmul", "")
+        assert ways["pointwise"] in ("matmul", "native")  # by layout, and whether there is a C compiler
+        assert ways["fc"] == ""
         assert all((layer.grouped_ms is None) == (layer.path == "fc") for layer in layers)
 
 
