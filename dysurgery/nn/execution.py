@@ -60,8 +60,8 @@ from torch.utils._triton import has_triton
 
 from dysurgery.nn.attention import Gate
 from dysurgery.nn.epilogue import Epilogue
+from dysurgery.nn.native import are_flat, computes, layer_node, numbers
 from dysurgery.nn.native import available as compiled_c
-from dysurgery.nn.native import computes, flat, layer_node, numbers
 from dysurgery.nn.native import layer as layer_in_c
 from dysurgery.nn.native import pool as pool_in_c
 from dysurgery.nn.rows import compiled, eager
@@ -579,7 +579,7 @@ def _trained(
     parameters = gate.plain_parameters()
     if parameters is None or not eager() or not covers("native", x, geometry):
         return None
-    if not flat((bank, *parameters, *_present(bias_bank))) or parameters[-1].requires_grad:
+    if not are_flat((bank, *parameters, *_present(bias_bank))) or parameters[-1].requires_grad:
         return None
     if chooser(x, geometry, True) != "native":
         return None
@@ -596,7 +596,7 @@ def _as_one_node(
     if parameters is None or not covers("native", x, geometry) or chooser(x, geometry, False) != "native":
         return None
     tensors = (bank, *parameters, *_present(bias_bank))
-    if not flat(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
+    if not are_flat(tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))):
         return None
     padding = _padding(geometry)
     assert padding is not None

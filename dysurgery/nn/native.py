@@ -48,10 +48,10 @@ def computes(x: Tensor, *parameters: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
         return False
-    return not parameters or flat(parameters)
+    return are_flat(parameters)
 
 
-def flat(tensors: tuple[Tensor, ...]) -> bool:
+def are_flat(tensors: tuple[Tensor, ...]) -> bool:
     """Whether these may be given to C by their addresses, row by row."""
     return all([t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors])
 
